@@ -61,7 +61,11 @@ def cli(context: click.Context, directory: Path) -> None:
     help="Also build and link helm or grpcurl.",
 )
 @click.option(
-    "--api-port", default=0, metavar="PORT", help="The API server's port on 127.0.0.1. Default: a free one."
+    "--api-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="PORT",
+    help="The API server's port on 127.0.0.1. Default: a free one.",
 )
 @click.pass_obj
 def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_port: int) -> None:
@@ -111,7 +115,13 @@ def status(directory: Path) -> None:
 
 @cli.command()
 @click.argument("target", metavar="NAMESPACE/SERVICE:PORT")
-@click.option("--local-port", default=0, metavar="PORT", help="The port on 127.0.0.1. Default: a free one.")
+@click.option(
+    "--local-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="PORT",
+    help="The port on 127.0.0.1. Default: a free one.",
+)
 @click.pass_obj
 def forward(directory: Path, target: str, local_port: int) -> None:
     """Make a service reachable at a port of 127.0.0.1, until Ctrl-C.
@@ -148,7 +158,7 @@ def forward(directory: Path, target: str, local_port: int) -> None:
 @click.option(
     "--content",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A directory that volumes of this image show, such as a model.",
+    help="A directory that volumes of this image show, such as a model. Default: none.",
 )
 @click.option(
     "--user",
@@ -158,7 +168,7 @@ def forward(directory: Path, target: str, local_port: int) -> None:
     help="The user that the image declares; 0 is refused in pods that must not run as root.",
 )
 @click.option("--env", "environment", multiple=True, metavar="KEY=VALUE", help="A variable; may repeat.")
-@click.option("--entrypoint", default="", help="The command of containers that name none.")
+@click.option("--entrypoint", default="", help="The command of containers that name none. Default: none.")
 @click.pass_obj
 def load_image(
     directory: Path,

@@ -17,15 +17,21 @@ _UNFINISHED: Final = inference_pb2.FINISH_REASON_UNSPECIFIED
 
 @click.command()
 @calling.model_options
-@click.option("--system", type=calling.TEXT, help="System message of the conversation.")
+@click.option("--system", type=calling.TEXT, help="System message of the conversation. Default: none.")
 @click.option(
-    "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Maximum number of tokens of an answer."
+    "--max-tokens",
+    type=click.IntRange(1, 2**32 - 1),
+    help="Maximum number of tokens of an answer. [server: what the context holds]",
 )
 @click.option(
-    "--temperature", type=FiniteRange(), help="0 selects the most likely token; up to 2. [server: 0]"
+    "--temperature", type=FiniteRange(), help="0 selects the most likely token; 0 to 2. [server: 0]"
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes answers repeatable.")
-@click.option("--thinking/--no-thinking", default=None, help="Asks the chat template for reasoning, or none.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes answers repeatable. [server: random]")
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="Asks the chat template for reasoning, or none. Default: as the template does without.",
+)
 @click.option("--show-reasoning", is_flag=True, help="Print reasoning to stderr.")
 @click.argument("message", type=calling.TEXT, required=False)
 def chat(

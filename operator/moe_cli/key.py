@@ -11,7 +11,7 @@ _NAME_MOST = 128
 
 
 @click.command()
-@click.option("--name", default="", help="Name of the key, for the audit log.")
+@click.option("--name", default="", help="Name of the key, for the audit log. Default: none.")
 def key(name: str) -> None:
     """Makes an API key of 256 random bits.
 

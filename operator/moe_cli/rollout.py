@@ -34,7 +34,7 @@ _Command = Callable[..., Any]
 def _cluster_options(command: _Command) -> _Command:
     for option in (
         click.argument("name"),
-        click.option("--context", help="Context of the kubeconfig."),
+        click.option("--context", help="Context of the kubeconfig. Default: its current one."),
         click.option("-n", "--namespace", help="Namespace; the kubeconfig's own by default."),
     ):
         command = option(command)
@@ -102,7 +102,7 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
 @_cluster_options
 @click.option(
     "--to-revision",
-    type=int,
+    type=click.IntRange(min=1),
     help="Number in `moe rollout history`. Default: the revision before the current one.",
 )
 def undo(name: str, namespace: str | None, context: str | None, to_revision: int | None) -> None:

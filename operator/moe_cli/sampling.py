@@ -36,12 +36,12 @@ _OPTIONS: Final = (
         help="Maximum number of generated tokens. [server: 128]",
     ),
     click.option(
-        "--temperature", type=FiniteRange(), help="0 selects the most likely token; up to 2. [server: 0]"
+        "--temperature", type=FiniteRange(), help="0 selects the most likely token; 0 to 2. [server: 0]"
     ),
     click.option(
         "--top-p",
         type=FiniteRange(),
-        help="Keep the most likely tokens up to this total probability. [server: 1]",
+        help="Keep the most likely tokens up to this total probability, above 0 to 1. [server: 1]",
     ),
     click.option(
         "--top-k", type=_UINT32, help="Keep this many of the most likely tokens; 0 keeps all. [server: 0]"
@@ -49,12 +49,12 @@ _OPTIONS: Final = (
     click.option(
         "--min-p",
         type=FiniteRange(),
-        help="Drop tokens below this share of the likeliest one's probability; try 0.05. [server: 0]",
+        help="Drop tokens below this share of the likeliest one's probability, 0 to 1; try 0.05. [server: 0]",
     ),
     click.option(
         "--repetition-penalty",
         type=FiniteRange(),
-        help="Above 1 makes tokens of prompt and text less likely; try 1.1. [server: 1]",
+        help="Above 1 makes tokens of prompt and text less likely, 0.1 to 10; try 1.1. [server: 1]",
     ),
     click.option(
         "--presence-penalty",
@@ -94,7 +94,8 @@ _OPTIONS: Final = (
         "--logprobs",
         type=_UINT32,
         metavar="N",
-        help="Print the log-probability of each token and of the N most likely ones (up to 20) to stderr.",
+        help="Print the log-probability of each token and of the N most likely ones (up to 20) to stderr. "
+        "Default: none.",
     ),
 )
 

@@ -23,7 +23,7 @@ _ABSENT: Final = 404
 @click.command()
 @click.option("-n", "--namespace", help="Namespace; the kubeconfig's own by default.")
 @click.option("-A", "--all-namespaces", is_flag=True, help="List the deployments of all namespaces.")
-@click.option("--context", help="Context of the kubeconfig.")
+@click.option("--context", help="Context of the kubeconfig. Default: its current one.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts: a report, or a list of objects."
 )

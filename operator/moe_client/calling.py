@@ -64,9 +64,13 @@ def model_options(command: _Command) -> _Command:
     command = access_options(command)
     for option in (
         click.option(
-            "--timeout", type=FiniteRange(0, _LONGEST_S, min_open=True), help="Seconds to wait at most."
+            "--timeout",
+            type=FiniteRange(0, _LONGEST_S, min_open=True),
+            help="Seconds to wait at most. Default: no limit.",
         ),
-        click.option("--model", default="", help="Served name of the model; optional."),
+        click.option(
+            "--model", default="", help="Served name of the model. Default: the one that is served."
+        ),
         click.option(
             "--endpoint",
             type=ADDRESS,

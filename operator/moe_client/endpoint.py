@@ -134,27 +134,30 @@ def access_options(command: _Command) -> _Command:
             envvar="MOE_TLS_FOLDER",
             show_envvar=True,
             help="Proves who calls, with tls.crt and tls.key of this folder, and trusts its ca.crt: the "
-            "files of a Secret, for workers with mutual TLS (docs/security.md).",
+            "files of a Secret, for workers with mutual TLS (docs/security.md). Default: no proof.",
         ),
         click.option(
             "--tls-server-name",
             envvar="MOE_TLS_SERVER_NAME",
             show_envvar=True,
-            help="Name that the server's certificate must have, as through a port-forward.",
+            help="Name that the server's certificate must have, as through a port-forward. Default: the "
+            "host of the address.",
         ),
         click.option(
             "--ca-file",
             type=_FILE,
             envvar="MOE_CA_FILE",
             show_envvar=True,
-            help="Connects over TLS; the server's certificate comes from an authority in this file (PEM).",
+            help="Connects over TLS; the server's certificate comes from an authority in this file (PEM). "
+            "Default: plaintext.",
         ),
         click.option("--tls", is_flag=True, help="Connects over TLS, with the authorities of this system."),
         click.option(
             "--token",
             envvar="MOE_API_KEY",
             show_envvar=True,
-            help="API key or token, if the frontend asks for one. The variable hides it from process lists.",
+            help="API key or token, if the frontend asks for one. The variable hides it from process lists. "
+            "Default: none.",
         ),
     ):
         called = option(called)

@@ -37,11 +37,19 @@ from moe_operator.errors import MoEOperatorError
     envvar="MOE_HTTP",
     show_envvar=True,
     metavar="HOST:PORT",
-    help="Serves OpenAI's HTTP API (docs/openai-api.md) and /metrics here as well; port 0 takes a free one.",
+    help="Serves OpenAI's HTTP API (docs/openai-api.md) and /metrics here as well; port 0 takes a free one. "
+    "Default: none.",
 )
 @click.option("--namespace", default="default", show_default=True, help="Namespace of the deployment.")
-@click.option("--deployment", help="Name of the MoEDeployment; its workers are found by EndpointSlices.")
-@click.option("--static", type=Addresses(), help="Workers by address instead, without Kubernetes.")
+@click.option(
+    "--deployment",
+    help="Name of the MoEDeployment; its workers are found by EndpointSlices. Default: none, with --static.",
+)
+@click.option(
+    "--static",
+    type=Addresses(),
+    help="Workers by address instead, without Kubernetes. Default: none, with --deployment.",
+)
 @click.option(
     "--grace",
     type=FiniteRange(min=0),
@@ -127,7 +135,7 @@ from moe_operator.errors import MoEOperatorError
     metavar="JSON",
     help="What tenants may use (docs/tenants.md), as in spec.frontend: "
     '{"tenants": [{"name": "a", "weight": 2, "requestsPerMinute": 60}], '
-    '"defaultTenant": {"concurrency": 8}}.',
+    '"defaultTenant": {"concurrency": 8}}. Default: no limits.',
 )
 @click.option(
     "--tls",
@@ -155,7 +163,8 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     metavar="FOLDER",
     help="Only callers that send a key of this folder, or a token (--jwks), are accepted. It has a file for "
-    "each tenant with the digests of its keys (`moe key` makes one). Changes apply within seconds.",
+    "each tenant with the digests of its keys (`moe key` makes one). Changes apply within seconds. "
+    "Default: none.",
 )
 @click.option(
     "--jwks",
@@ -165,13 +174,21 @@ from moe_operator.errors import MoEOperatorError
     metavar="URL|FOLDER",
     help="Only callers that send a JSON Web Token signed by one of these keys, or an API key (--api-keys), "
     "are accepted: an https:// URL of a JSON Web Key Set, or a folder with jwks.json. Needs --jwt-issuer and "
-    "--jwt-audience.",
+    "--jwt-audience. Default: none.",
 )
 @click.option(
-    "--jwt-issuer", default="", envvar="MOE_JWT_ISSUER", show_envvar=True, help="The iss of tokens."
+    "--jwt-issuer",
+    default="",
+    envvar="MOE_JWT_ISSUER",
+    show_envvar=True,
+    help="The iss of tokens. Default: none.",
 )
 @click.option(
-    "--jwt-audience", default="", envvar="MOE_JWT_AUDIENCE", show_envvar=True, help="An aud of tokens."
+    "--jwt-audience",
+    default="",
+    envvar="MOE_JWT_AUDIENCE",
+    show_envvar=True,
+    help="An aud of tokens. Default: none.",
 )
 @click.option(
     "--jwt-tenant-claim",
@@ -197,7 +214,7 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     metavar="HOST:PORT",
     help="Serves the operator and probes here instead of on the port of clients: in plaintext, or with "
-    "--internal-tls to those with a certificate.",
+    "--internal-tls to those with a certificate. Default: none.",
 )
 @click.option(
     "--health",
@@ -205,7 +222,7 @@ from moe_operator.errors import MoEOperatorError
     envvar="MOE_HEALTH",
     show_envvar=True,
     metavar="HOST:PORT",
-    help="Serves probes here as well, in plaintext, and nothing else.",
+    help="Serves probes here as well, in plaintext, and nothing else. Default: none.",
 )
 @click.option(
     "--metrics-port",
@@ -213,7 +230,7 @@ from moe_operator.errors import MoEOperatorError
     default=0,
     envvar="MOE_METRICS_PORT",
     show_envvar=True,
-    help="Serves /metrics on this port instead of on the port of --http.",
+    help="Serves /metrics on this port instead of on the port of --http. Default: that of --http.",
 )
 def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.

@@ -46,7 +46,7 @@ def test_help_and_the_process_of_the_rpc_edge_need_no_torch(command):
         (["--kv-offload", "8GB"], "--kv-offload '8GB' is not a size; write bytes as 2Gi"),
         (["--kv-memory", "9" * 400 + ".5"], "is not a size; write bytes as 2Gi"),
         (["--kv-memory", "1Ki"], "KV memory of 1024 bytes is too small"),
-        (["--max-batch-size", "0"], "max_batch_size is 0; it must be at least 1"),
+        (["--max-batch-size", "0"], "0 is not in the range 1<=x<=65536"),
         (["--kv-memory", "1000000000Ti"], "kv_memory is 1099511627776000000000; it must be a number from 1"),
         (["--grace", "nan"], "nan is not a finite number"),
         (["--served-name", b"\xff"], "--served-name '\\udcff' is not text"),

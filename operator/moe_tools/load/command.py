@@ -32,7 +32,13 @@ from moe_client.errors import CommandError
     show_default=True,
     help="Requests sent for each one of the trace; 0.01 sends one of a hundred.",
 )
-@click.option("--skip", type=FiniteRange(min=0), default=0.0, help="Seconds of the trace to leave out first.")
+@click.option(
+    "--skip",
+    type=FiniteRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Seconds of the trace to leave out first.",
+)
 @click.option(
     "--duration",
     type=FiniteRange(min=0, min_open=True),
@@ -48,7 +54,7 @@ from moe_client.errors import CommandError
 @click.option("--prompt", type=calling.TEXT, help="Prompt of every request. Default: random tokens.")
 @click.option(
     "--seed",
-    type=int,
+    type=click.IntRange(min=0),
     default=0,
     show_default=True,
     help="Seed of the times within intervals and of the tokens.",

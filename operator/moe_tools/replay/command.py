@@ -74,7 +74,7 @@ _FEWEST_STEPS: Final = 3
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Draw demand, band, capacity and violations.",
+    help="Draw demand, band, capacity and violations into this file. Default: none.",
 )
 @click.argument("path", metavar="TRACE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: bool, **choices: Any) -> None:

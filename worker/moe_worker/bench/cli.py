@@ -45,9 +45,12 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
     show_default=True,
     help="Of weights: " + ", ".join(FORMATS) + " (auto: four bits if the checkpoint has them, else dense).",
 )
-@click.option("--threads", type=int, help="Threads of torch. Default: as `serve` would choose.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch. Default: as `serve` would choose.")
 @click.option(
-    "--plot", "picture", type=click.Path(path_type=Path), help="Write throughput against latency here."
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path),
+    help="Write throughput against latency here. Default: no picture.",
 )
 @click.option("--json", "as_lines", is_flag=True, help="Print one JSON object a batch size, no table.")
 def bench(

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 @click.option(
     "--link", required=True, type=click.Path(path_type=Path), help="Symbolic link to make to the checkpoint."
 )
-@click.option("--max-size", default="0", help="Bytes that the cache may take, e.g. 500Gi; 0: what fits.")
+@click.option(
+    "--max-size", default="0", help="Bytes that the cache may take, e.g. 500Gi. Default: what fits (0)."
+)
 @click.option("--endpoint", default="", help="URL of the hub or of the S3 API. Default: the public one.")
 @click.option(
     "--progress", default="", help="HOST:PORT where progress is served over gRPC. Default: nowhere."
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
     default=30.0,
     show_default=True,
     envvar="MOE_FETCH_TIMEOUT",
+    show_envvar=True,
     help="Seconds for which a connection may send nothing.",
 )
 def fetch(

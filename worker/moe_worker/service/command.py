@@ -25,7 +25,7 @@ from moe_worker.config.engine import (
     REBALANCE,
     EngineOptions,
 )
-from moe_worker.config.fields import is_unicode
+from moe_worker.config.fields import LARGEST_SIZE, is_unicode
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
@@ -37,6 +37,12 @@ from moe_worker.service.watchdog import STALL_TIMEOUT_S
 
 LARGEST_OVERRIDE = 1 << 16
 LISTEN = "127.0.0.1:8000"
+
+
+def _integer(name: str) -> click.IntRange:
+    """The type of a number's option. EngineOptions refuses what is so large that help need not say."""
+    least, most = BOUNDS[name]
+    return click.IntRange(int(least), None if most >= LARGEST_SIZE else int(most))
 
 
 @click.command()
@@ -55,7 +61,7 @@ LISTEN = "127.0.0.1:8000"
 )
 @click.option(
     "--context-length",
-    type=int,
+    type=_integer("context_length"),
     help="Tokens of prompt and continuation together. Default: the model's limit.",
 )
 @click.option(
@@ -63,13 +69,21 @@ LISTEN = "127.0.0.1:8000"
     default="{}",
     callback=lambda _context, _option, text: _override(text),
     help='JSON object of fields that replace config.json\'s, e.g. \'{"rope_scaling": {"rope_type": '
-    '"yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}\'.',
+    '"yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}\'. Default: none.',
 )
 @click.option(
-    "--max-batch-size", type=int, default=16, show_default=True, help="Sequences computed together, at most."
+    "--max-batch-size",
+    type=_integer("max_batch_size"),
+    default=16,
+    show_default=True,
+    help="Sequences computed together, at most.",
 )
 @click.option(
-    "--max-queue", type=int, default=256, show_default=True, help="Requests that may wait beyond the batch."
+    "--max-queue",
+    type=_integer("max_queue"),
+    default=256,
+    show_default=True,
+    help="Requests that may wait beyond the batch.",
 )
 @click.option(
     "--kv-memory",
@@ -101,7 +115,7 @@ LISTEN = "127.0.0.1:8000"
 )
 @click.option(
     "--prefill-tokens",
-    type=int,
+    type=_integer("prefill_tokens"),
     default=EngineOptions.prefill_tokens,
     show_default=True,
     help="Prompt tokens of one step, at most.",
@@ -114,7 +128,11 @@ LISTEN = "127.0.0.1:8000"
     help="Target time between two tokens of a stream: prompts are split into chunks to meet it.",
 )
 @click.option(
-    "--page-size", type=int, default=16, show_default=True, help="Tokens of a page of the KV cache."
+    "--page-size",
+    type=_integer("page_size"),
+    default=16,
+    show_default=True,
+    help="Tokens of a page of the KV cache.",
 )
 @click.option(
     "--prefix-cache/--no-prefix-cache",
@@ -126,13 +144,16 @@ LISTEN = "127.0.0.1:8000"
     "--revision",
     default="",
     envvar="MOE_WORKER_REVISION",
-    help="Identifies how the model is served; only workers of one revision continue each other's streams.",
+    show_envvar=True,
+    help="Identifies how the model is served; only workers of one revision continue each other's streams. "
+    "Default: none.",
 )
 @click.option(
     "--stall-timeout",
     type=FiniteRange(min=0, min_open=True),
     default=STALL_TIMEOUT_S,
     envvar="MOE_WORKER_STALL_TIMEOUT",
+    show_envvar=True,
     show_default=True,
     help="Seconds without a step after which an engine with requests to compute counts as hung. The worker "
     "then ends, and other workers continue its streams.",
@@ -142,6 +163,7 @@ LISTEN = "127.0.0.1:8000"
     type=FiniteRange(min=0, min_open=True),
     default=WRITE_TIMEOUT_S,
     envvar="MOE_WORKER_WRITE_TIMEOUT",
+    show_envvar=True,
     show_default=True,
     help="Seconds that a client may read nothing from its stream; then the stream is stopped.",
 )
@@ -150,6 +172,7 @@ LISTEN = "127.0.0.1:8000"
     type=FiniteRange(min=0),
     default=GRACE_S,
     envvar="MOE_WORKER_GRACE",
+    show_envvar=True,
     show_default=True,
     help="Seconds that running requests get to finish after SIGTERM; then other workers continue them. Keep "
     "it below the pod's terminationGracePeriodSeconds.",
@@ -159,12 +182,14 @@ LISTEN = "127.0.0.1:8000"
     type=click.IntRange(0, 65535),
     default=0,
     envvar="MOE_WORKER_METRICS_PORT",
+    show_envvar=True,
     help="Port where Prometheus fetches metrics (/metrics). Default: none.",
 )
 @click.option(
     "--tls",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     envvar="MOE_WORKER_TLS",
+    show_envvar=True,
     metavar="FOLDER",
     help="Serves over TLS, with tls.crt and tls.key of this folder; clients need a certificate of its "
     "ca.crt. Ranks of a mesh reach their leader over TLS, too; tensors stay in plaintext. Renewed files are "
@@ -173,13 +198,15 @@ LISTEN = "127.0.0.1:8000"
 @click.option(
     "--health",
     envvar="MOE_WORKER_HEALTH",
+    show_envvar=True,
     metavar="HOST:PORT",
-    help="Answers health probes here as well, in plaintext: those of Kubernetes know no TLS.",
+    help="Answers health probes here as well, in plaintext: those of Kubernetes know no TLS. Default: none.",
 )
 @click.option(
     "--max-bits-per-byte-increase",
     type=FiniteRange(min=0),
-    help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
+    help="Refuse a checkpoint that is worse than its original by more, by its quality.json. Default: no "
+    "limit.",
 )
 @click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
 @click.option(
@@ -194,6 +221,7 @@ LISTEN = "127.0.0.1:8000"
     "--check-weights/--no-check-weights",
     default=True,
     envvar="MOE_WORKER_CHECK_WEIGHTS",
+    show_envvar=True,
     show_default=True,
     help="Refuse weights that are not finite numbers.",
 )
@@ -201,29 +229,33 @@ LISTEN = "127.0.0.1:8000"
     "--check-digests/--no-check-digests",
     default=False,
     envvar="MOE_WORKER_CHECK_DIGESTS",
+    show_envvar=True,
     show_default=True,
     help="Before loading, compare files with the SHA-256 digests stored with them (*.sha256, SHA256SUMS, "
     "the index, a Hugging Face cache).",
 )
 @click.option(
     "--threads",
-    type=int,
+    type=_integer("threads"),
     envvar="MOE_WORKER_THREADS",
+    show_envvar=True,
     help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
 @click.option(
     "--mesh",
     default="1x1",
     envvar="MOE_WORKER_MESH",
+    show_envvar=True,
     show_default=True,
     help="Processes of this replica, PIPELINExEXPERT: stages of layers, and ranks of a stage that share its "
     "experts. Start each with its --mesh-rank and the same MOE_WORKER_MESH_SECRET.",
 )
 @click.option(
     "--mesh-rank",
-    type=int,
+    type=_integer("mesh_rank"),
     default=0,
     envvar="MOE_WORKER_MESH_RANK",
+    show_envvar=True,
     show_default=True,
     help="Rank of this process in the mesh. Rank 0 serves clients and directs the others.",
 )
@@ -231,29 +263,33 @@ LISTEN = "127.0.0.1:8000"
     "--mesh-leader",
     default="",
     envvar="MOE_WORKER_MESH_LEADER",
-    help="HOST:PORT where rank 0 meets the others.",
+    show_envvar=True,
+    help="HOST:PORT where rank 0 meets the others. Default: none, for a mesh of one process.",
 )
 @click.option(
     "--mesh-epoch",
-    type=int,
+    type=_integer("mesh_epoch"),
     default=0,
     envvar="MOE_WORKER_MESH_EPOCH",
+    show_envvar=True,
     show_default=True,
     help="How often the mesh has formed; ranks of another epoch are refused.",
 )
 @click.option(
     "--redundant-experts",
-    type=int,
+    type=_integer("redundant_experts"),
     default=0,
     envvar="MOE_WORKER_REDUNDANT_EXPERTS",
+    show_envvar=True,
     show_default=True,
     help="Copies of experts in each layer, in addition to the model's own, spread over a stage's ranks.",
 )
 @click.option(
     "--mesh-reforms",
-    type=int,
+    type=_integer("mesh_reforms"),
     default=EngineOptions.mesh_reforms,
     envvar="MOE_WORKER_MESH_REFORMS",
+    show_envvar=True,
     show_default=True,
     help="How often in 10 minutes a mesh on CPUs may lose ranks and meet again; then the replica ends.",
 )
@@ -262,6 +298,7 @@ LISTEN = "127.0.0.1:8000"
     type=click.Choice(REBALANCE),
     default="auto",
     envvar="MOE_WORKER_REBALANCE",
+    show_envvar=True,
     show_default=True,
     help="auto: while a mesh on CPUs serves, experts move between the ranks of a stage whose load differs; "
     "on: on GPUs, too, where some steps take several times as long meanwhile.",
@@ -271,6 +308,7 @@ LISTEN = "127.0.0.1:8000"
     type=FiniteRange(*BOUNDS["rebalance_interval"]),
     default=EngineOptions.rebalance_interval,
     envvar="MOE_WORKER_REBALANCE_INTERVAL",
+    show_envvar=True,
     show_default=True,
     help="Seconds between two rebalancings, at least; loads that are so old count half.",
 )
@@ -279,6 +317,7 @@ LISTEN = "127.0.0.1:8000"
     type=FiniteRange(*BOUNDS["rebalance_threshold"]),
     default=EngineOptions.rebalance_threshold,
     envvar="MOE_WORKER_REBALANCE_THRESHOLD",
+    show_envvar=True,
     show_default=True,
     help="Load of the busiest rank over the mean of its stage, above which a layer's experts move.",
 )
@@ -286,6 +325,7 @@ LISTEN = "127.0.0.1:8000"
     "--routing-mass",
     type=FiniteRange(*BOUNDS["routing_mass"]),
     envvar="MOE_WORKER_ROUTING_MASS",
+    show_envvar=True,
     help="Share of the scores of a token's experts at which the rest are left out (1: none are). Default: "
     "the checkpoint's; less only as far as its routing.json allows.",
 )
@@ -294,6 +334,7 @@ LISTEN = "127.0.0.1:8000"
     type=FiniteRange(*BOUNDS["routing_margin"]),
     default=0.0,
     envvar="MOE_WORKER_ROUTING_MARGIN",
+    show_envvar=True,
     show_default=True,
     help="Experts whose scores differ by less may take each other's place: those with less load in the "
     "checkpoint's routing.json.",
@@ -302,6 +343,7 @@ LISTEN = "127.0.0.1:8000"
     "--learn-routing/--no-learn-routing",
     default=False,
     envvar="MOE_WORKER_LEARN_ROUTING",
+    show_envvar=True,
     show_default=True,
     help="Learn from requests which experts each domain uses, from the checkpoint's routing.json on; "
     "GetExpertLoad tells it. Answers do not change. Needs one process on a CPU.",

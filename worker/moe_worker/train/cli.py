@@ -44,7 +44,7 @@ def _number(name: str) -> click.IntRange | FiniteRange:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to."
 )
-@click.option("--valid", type=_FILE, help="Text to score along the way.")
+@click.option("--valid", type=_FILE, help="Text to score along the way. Default: none.")
 @click.option(
     "--start-from",
     type=_FOLDER,
@@ -130,7 +130,9 @@ def _number(name: str) -> click.IntRange | FiniteRange:
     "the cost rises, over half of the rest.",
 )
 @click.option(
-    "--domains", type=_FILE, help="Labels of the training documents, one a line: a hint for the routers."
+    "--domains",
+    type=_FILE,
+    help="Labels of the training documents, one a line: a hint for the routers. Default: none.",
 )
 @click.option(
     "--domain-share", type=_number("domain_share"), default=_DEFAULT.domain_share, help="Weight of that hint."
@@ -167,7 +169,9 @@ def _number(name: str) -> click.IntRange | FiniteRange:
     "is then packed.",
 )
 @click.option("--group", type=_number("group"), default=_DEFAULT.group, help="Inputs that share a scale.")
-@click.option("--teacher", type=_FOLDER, help="Checkpoint directory of a model to learn from (bf16).")
+@click.option(
+    "--teacher", type=_FOLDER, help="Checkpoint directory of a model to learn from (bf16). Default: none."
+)
 @click.option(
     "--teacher-share",
     type=_number("teacher_share"),
@@ -207,7 +211,7 @@ def _number(name: str) -> click.IntRange | FiniteRange:
 @click.option(
     "--stop-after",
     type=_number("stop_after"),
-    help="Seconds after which to save and end early, to resume later.",
+    help="Seconds after which to save and end early, to resume later. Default: no limit.",
 )
 @click.option(
     "--device",

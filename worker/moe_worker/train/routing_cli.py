@@ -34,15 +34,20 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--domains",
     type=_FILE,
-    help="Labels of the documents, one a line: adds which experts each domain uses, for --learn-routing.",
+    help="Labels of the documents, one a line: adds which experts each domain uses, for --learn-routing. "
+    "Default: none.",
 )
 @click.option(
     "--margin",
     type=FiniteRange(0, 1, min_open=True),
     help="Also measure what evens out the loads of experts within this margin, for --routing-margin: "
-    "eight more scores of the text.",
+    "eight more scores of the text. Default: none.",
 )
-@click.option("--context", type=click.IntRange(1), help="Tokens the model is given at most.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Tokens the model is given at most. Default: what the model allows.",
+)
 @click.option("--format", type=click.Choice(FORMATS), default="auto", help="Of weights.")
 def routing(
     checkpoint: Path,
