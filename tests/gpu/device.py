@@ -18,6 +18,8 @@ needs_device = [
     ),
 ]
 
+needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")]
+
 
 def multiply_in_e4m3(monkeypatch):
     """Lets large passes multiply in e4m3; where the device has no such grouped product, by plain torch."""

@@ -74,3 +74,13 @@ def test_decisions_are_numbered_once_each():
     assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
     titles = {int(page.name[:4]): page.read_text(encoding="utf-8").splitlines()[0] for page in pages}
     assert not [title for number, title in titles.items() if not title.startswith(f"# {number}. ")]
+
+
+def test_the_documented_command_runs_every_test_of_a_gpu():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"Correctness on a GPU: `([^`]*)`", text)
+    named = [word for word in command.split() if word.startswith("tests/")]
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "mark.gpu" in path.read_text("utf-8")]
+    marked = {str(path.relative_to(ROOT)) for path in files} - {str(Path(__file__).relative_to(ROOT))}
+    assert len(marked) > 2
+    assert not [path for path in marked if not path.startswith(tuple(named))]

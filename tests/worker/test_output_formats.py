@@ -3,7 +3,6 @@
 import gc
 import json
 import queue
-import random
 import re
 import threading
 from types import SimpleNamespace
@@ -30,23 +29,11 @@ from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import engine_process
 from moe_worker.service.wire import Start
 from tests.checkpoints import write_checkpoint
+from tests.worker.mask_cases import CPU, PERSON, ROWS, SCHEMA, check_masked_scores, check_shared_lexer
 from tests.worker.serving import Worker
 
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-SCHEMA = OutputFormat("json_schema", json.dumps(PERSON))
 EXPRESSION = OutputFormat("regex", r"[a-z]{3,9}-[0-9]{2}")
 PROMPT = (5, 6, 7, 5)
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def validate(text, schema):
@@ -138,21 +125,9 @@ def test_texts_of_a_format_share_its_lexer_with_few_others_of_their_salt(engine,
     assert len(compiled) == 2 * 3 + 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_shared_lexer_gives_the_masks_of_one_of_its_own(engine, threads, device):
-    found, chance = engine._loaded, random.Random(0)
-    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads)
-    texts = [masks.open(SCHEMA, ()) for _ in range(12)]
-    alone = [masks.open(SCHEMA, (), str(number)) for number in range(12)]
-    for _ in range(20):
-        shared_MV = masks.masks(list(enumerate(texts)), torch.device(device)).refused.cpu()
-        for place, text in enumerate(alone):
-            own = masks.masks([(place, text)], torch.device("cpu"))
-            assert torch.equal(own.refused[0], shared_MV[place])
-            token = chance.choice((~own.refused[0]).nonzero().flatten().tolist() or [0])
-            ends = [each.take(token, found.tokenizer.token_bytes(token)) for each in (text, texts[place])]
-            assert ends[0] == ends[1]
+def test_a_shared_lexer_gives_the_masks_of_one_of_its_own(engine, threads):
+    check_shared_lexer(engine, threads, CPU)
 
 
 def test_no_text_begins_with_a_lexer_that_became_too_complex(engine, monkeypatch):
@@ -210,22 +185,9 @@ def test_a_worker_prepares_the_vocabulary_before_it_meets_ranks_and_is_ready(tmp
     assert [name for name, _, _ in done.mock_calls] == ["prepare", *after]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [0, 2]])
-def test_masks_leave_the_scores_of_allowed_tokens_alone(rows, device):
-    vocab_size = 70  # three words, of which the last has bits for no token
-    chance = torch.Generator().manual_seed(0)
-    scores_BV = torch.randn(3, vocab_size, generator=chance)
-    bits_MB = torch.randint(256, (len(rows), 12), dtype=torch.uint8, generator=chance)
-    expected_BV = scores_BV.clone()
-    for place, row in enumerate(rows):
-        for token in range(vocab_size):
-            if not int(bits_MB[place, token // 8]) >> token % 8 & 1:
-                expected_BV[row, token] = -torch.inf
-    given_BV = scores_BV.to(device)
-    allowed = guides.Allowed(rows, bits_MB.to(device), vocab_size)
-    assert torch.equal(allowed.masked(given_BV).cpu(), expected_BV)
-    assert torch.equal(given_BV.cpu(), scores_BV)
+@pytest.mark.parametrize("rows", ROWS)
+def test_masks_leave_the_scores_of_allowed_tokens_alone(rows):
+    check_masked_scores(rows, CPU)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
