@@ -2,27 +2,37 @@
 
     PYTHONPATH=worker:protos:. python -m benchmarks.kv_offload [--tokens 256 1024 4096 16384] [--small]
     python -m benchmarks.kv_offload --checkpoint DIRECTORY [--device cpu]
+    python -m benchmarks.kv_offload --serve DIRECTORY [--device cuda] [--format w4a8] [--kv-memory 1400Mi]
 
 The first form takes a random model in W4A8 on a GPU (--small: a small one, also on a CPU). Each prompt is
 computed, all its pages are evicted, and it is sent again: time to first token with and without offload. Then
 16 streams decode while pages leave. Each time is the median of some rounds, but "longest".
 
-The second form sends four prompts in turns to a checkpoint whose cache holds one.
+The second form sends four prompts in turns to a checkpoint whose cache holds one. The third sends 16 prompts
+of 4,000 tokens in turns, and then all at once, to `moe-worker serve` with and without --kv-offload 16Gi; its
+cache holds fewer than nine of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import torch
 
 from benchmarks.gpu_random import LARGE, SMALL
 from benchmarks.random_loaded import PAGE, random_loaded
+from benchmarks.serving import running
+from moe_api import transport
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel, load
@@ -35,6 +45,7 @@ ROUNDS = 4
 PROMPTS = [tuple(7 + (index * step) % 3000 for index in range(480)) for step in (1, 3, 5, 7)]
 STREAMS = 16
 DECODED = 100
+SERVED_PROMPTS, SERVED_TOKENS, TURNS = 16, 4000, 3
 
 
 def first_token_s(core: EngineCore, number: int, prompt: tuple[int, ...]) -> float:
@@ -59,6 +70,46 @@ def measure(checkpoint: Path, device: str, offload: int) -> str:
         f"offload {offload:>12} bytes   time to first token p50 {median_ms:7.1f} ms   "
         f"cached {found.prefix_hit_tokens} of {found.prompt_tokens} tokens   pages back {found.restored}"
     )
+
+
+def serve(given: argparse.Namespace, offload: str) -> None:
+    """Prints when first tokens come from a worker, one request at a time, and how long all at once take."""
+    command = [sys.executable, "-m", "moe_worker", "serve", "--model", str(given.serve), "--listen"]
+    command += ["127.0.0.1:0", "--device", given.device, "--format", given.format]
+    command += ["--kv-memory", given.kv_memory, "--kv-offload", offload]
+    chance = random.Random(0)
+    prompts = [chance.choices(range(2, given.vocabulary), k=given.length) for _ in range(SERVED_PROMPTS)]
+    with (
+        running(command) as worker,
+        grpc.insecure_channel(worker.address, options=transport.CLIENT_OPTIONS) as channel,
+        ThreadPoolExecutor(SERVED_PROMPTS) as threads,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        def first_ms(prompt: list[int]) -> tuple[float, int]:
+            """To the first token of eight; and how many tokens of the prompt were cached."""
+            request = inference_pb2.GenerateRequest(
+                prompt_tokens=inference_pb2.TokenIds(ids=prompt),
+                sampling=inference_pb2.SamplingParameters(max_tokens=8, ignore_eos=True),
+            )
+            began, first, cached = time.perf_counter(), 0.0, 0
+            for response in stub.Generate(request):
+                first = first or 1000 * (time.perf_counter() - began)
+                cached = max(cached, response.usage.cached_tokens)
+            return first, cached
+
+        for turn in range(TURNS + 1):
+            found = [first_ms(prompt) for prompt in prompts]
+            times, cached = zip(*found, strict=True)
+            print(
+                f"offload {offload}, turn {turn}: first token, median {statistics.median(times):.1f} ms, "
+                f"longest {max(times):.1f} ms; cached {sum(cached)} of {len(prompts) * given.length} tokens",
+                flush=True,
+            )
+        for _ in range(2):
+            began = time.perf_counter()
+            list(threads.map(first_ms, prompts))
+            print(f"offload {offload}: all at once {time.perf_counter() - began:.3f} s", flush=True)
 
 
 def evict(core: EngineCore) -> None:
@@ -155,13 +206,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--serve", type=Path, help="a checkpoint that a worker serves")
     parser.add_argument("--device", default="cpu", help="of the checkpoint")
+    parser.add_argument("--format", default="auto", help="of the served checkpoint")
+    parser.add_argument("--kv-memory", default="1400Mi", help="of the worker")
+    parser.add_argument("--offload", nargs="+", default=["0", "16Gi"], help="CPU memory of each worker")
+    parser.add_argument("--length", type=int, default=SERVED_TOKENS, help="of the served prompts")
+    parser.add_argument("--vocabulary", type=int, default=100_000, help="of the served prompts")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096, 16384])
     parser.add_argument("--small", action="store_true", help="a small random model, also on a CPU")
     given = parser.parse_args()
     if given.checkpoint is not None:
         for offload in (0, 256 << 20):
             print(measure(given.checkpoint, given.device, offload), flush=True)
+        return
+    if given.serve is not None:
+        for each in given.offload:
+            serve(given, each)
         return
     if given.small:
         torch.set_num_threads(1)  # as the engine does for small models

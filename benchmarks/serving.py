@@ -214,14 +214,19 @@ class Worker:
         return sum(int(each.read_text().split()[0]) for each in threads) / 1e9
 
 
-@contextlib.contextmanager
-def serving(args: argparse.Namespace) -> Iterator[Worker]:
+def serving(args: argparse.Namespace) -> contextlib.AbstractContextManager[Worker]:
     """A worker with the same options."""
     command = [sys.executable, "-c", SIMULATED] if args.simulated else [sys.executable, "-m", "moe_worker"]
     command += ["serve"]
     command += ["--model", str(args.checkpoint), "--listen", "127.0.0.1:0", "--device", args.device]
     command += ["--format", args.format, "--max-batch-size", str(max(args.streams)), "--no-prefix-cache"]
     command += ["--threads", str(args.threads)] if args.threads else []
+    return running(command)
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[Worker]:
+    """A worker that `command` starts, when it serves."""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             if process.stderr is None:
