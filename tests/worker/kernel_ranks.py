@@ -34,7 +34,9 @@ from tests.gpu.device import DEVICE, multiply_in_e4m3
 VALUES = SMALL | {"num_hidden_layers": 2}
 CONTEXT, MOVE_S = 64, 60
 # The number formats of cases that are named by something else.
-ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "large": "w4a8"}
+ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "large": "w4a8", "uneven": "w4a8"}
+# A token counts as that of one GPU if that gives it nearly its best score: of the norm of a row.
+NEARLY = 0.02
 
 
 def member_device(rank):
@@ -63,6 +65,26 @@ def compare(case, shards):
     for segments in steps:
         found.append(difference(*case.both(segments)))
     return found
+
+
+def compare_uneven(case, shards):
+    """Differences of passes whose shards alone would have graphs of different sizes: the first one records
+    the graph, later ones launch it. And of the greedy tokens, how many are those of one process.
+    """
+    found, same, rows = [], 0, 0
+    for turn in range(3):
+        counts = [30, 11] if turn % 2 == 0 else [11, 30]
+        owners = [0, 0] if shards == 1 else [turn % shards, (turn + 1) % shards]
+        segments = [
+            Segment(random_tokens(count, 10 * turn + n, 500), 0, list(range(4 * n, 4 * n + 4)), owners[n])
+            for n, count in enumerate(counts)
+        ]
+        ours, alone = case.both(segments)
+        found.append(difference(ours, alone))
+        lost = alone.max(dim=-1).values - alone.gather(-1, ours.argmax(dim=-1, keepdim=True))[:, 0]
+        same += int((lost <= NEARLY * alone.norm(dim=-1)).sum())
+        rows += len(ours)
+    return found, [same, rows]
 
 
 def generated(loaded, flights):
@@ -96,7 +118,7 @@ def run_case(member, name):
     few = (lambda tokens, ranks, top_k: max(1, tokens // 3)) if name == "overflow" else fixed.capacity_for
     cuda_stage.capacity_for = few
     redundant = shards * 2 if number_format == "w4a8" and shards > 1 else 0
-    change = settle_routes if name in {"settled", "large"} else None
+    change = settle_routes if name in {"settled", "large", "uneven"} else None
     if name == "large":
         multiply_in_e4m3(SimpleNamespace(setattr=setattr))
         cuda.WIDE_TOKENS_E4M3 = 1
@@ -107,6 +129,11 @@ def run_case(member, name):
     if not member.leads:
         case.runner.follow()
         return None
+    if name == "uneven":
+        differences, tokens = compare_uneven(case, shards)
+        case.end()
+        graphs = sorted(size.tokens for size in case.part.prompts._graphs)
+        return {"differences": differences, "tokens": tokens, "graphs": graphs}
     report = {"differences": compare(case, shards)}
     if name == "settled":
         report["errors"] = [described(each) for each in row_errors(case, 4)]

@@ -23,7 +23,10 @@ from moe_worker.models.cuda_layer import stored_tensors
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1200  # interpreted kernels take most of it
-CASES = [("1x2", ["dense", "w4a8", "overflow", "moved", "settled", "large"]), ("2x1", ["dense", "w4a8"])]
+CASES = [
+    ("1x2", ["dense", "w4a8", "overflow", "moved", "settled", "large", "uneven"]),
+    ("2x1", ["dense", "w4a8", "uneven"]),
+]
 
 
 def test_capacity_is_what_balanced_routing_needs_and_a_margin():
@@ -126,6 +129,8 @@ def check(found, mesh):
         assert found["moved"]["moved"] == [1]
         mesh_errors, alone = found["settled"]["errors"]  # against float32
         assert mesh_errors["median"] < 1.25 * alone["median"]
+    same, tokens = found["uneven"]["tokens"]
+    assert same == tokens
     assert found["dense"]["ours"] == found["dense"]["ahead"]
     assert found["dense"]["ours"][1] == found["dense"]["alone"][1]  # every token is counted once
     if mesh == "2x1":

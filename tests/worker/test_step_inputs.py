@@ -192,6 +192,48 @@ def test_ranks_exchange_equally_many_tokens_whatever_their_shards_have():
     assert prompts.tokens_for(1000) == 1000
 
 
+@pytest.mark.parametrize(("fails", "others", "kept"), [(False, True, 1), (False, False, 0), (True, True, 0)])
+def test_a_rank_keeps_a_graph_of_prompts_only_where_all_ranks_have_it(monkeypatch, fails, others, kept):
+    """NCCL wants an operation in one graph of all ranks, or in none; then no rank records another one."""
+    graphs = graphs_of(9, 96)
+    from moe_worker.mesh.stage_prompts import StagePrompts  # noqa: PLC0415 - triton is not everywhere
+    from moe_worker.models import cuda_prompts  # noqa: PLC0415
+    from moe_worker.models.cuda_prompts import Size  # noqa: PLC0415
+
+    graphs._model.saved_by_expanding = lambda *_: 0.0
+    graphs._model.absorbed_pass = lambda rows, cut, page, valid: Shared(valid)
+    asked, replayed = [], []
+
+    def all_have(own):
+        asked.append(own)
+        return own and others
+
+    def captured(step, *_):
+        step()
+        if fails:
+            raise torch.OutOfMemoryError("too little")
+        return SimpleNamespace(replay=lambda: replayed.append(1))
+
+    monkeypatch.setattr(cuda_prompts, "captured", captured)
+    monkeypatch.setattr(StagePrompts, "_new_pool", lambda _: object())
+    part = SimpleNamespace(
+        hidden=4, dtype=torch.float32, capacity=lambda tokens: tokens, forward=lambda *given: given[-1],
+        finish=lambda *_: None, all_have=all_have,
+    )  # fmt: skip
+    prompts = StagePrompts(graphs._model, graphs, 96, 60, part, first=False, last=True)
+    monkeypatch.setattr(StagePrompts, "_step", lambda *_: None)
+    extents = [Extent.of([11], [11], 1)]
+    for _ in range(2):
+        prompts.run(prompts.size_for(extents) or Size(16))
+    assert asked == [not fails]
+    assert len(prompts._graphs) == len(replayed) == kept
+    assert (prompts.size_for([Extent.of([40], [40], 1)]) is not None) == bool(kept)
+    pool = prompts._pool
+    prompts.forget()
+    assert prompts.size_for(extents) == Size(16)
+    assert prompts._pool is not pool  # a capture into one without graphs fails
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.lists(SINGLE, max_size=4), st.lists(LONG, max_size=3)), min_size=2, max_size=3))
 def test_ranks_run_the_same_graph_which_has_room_for_each(shards):

@@ -76,6 +76,7 @@ class CudaStage:
                 for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
                     self._warm(tokens)
                 self.graphs.compile()
+                self.prompts.compile()
             self._load_switch()
             torch.cuda.empty_cache()
         self._shown = shown
@@ -209,6 +210,10 @@ class CudaStage:
         if rows_n is not None:
             x_TD, added = x_TD[rows_n], added.of_tokens(rows_n, x_TD.shape[0])
         self._model.logits(x_TD, added, out_nV)
+
+    def all_have(self, own: bool) -> bool:
+        """See ComputesPasses."""
+        return self._exchanges.all_have(own)
 
     def _decode(self, most: int, batch: Batch, x_BD: Tensor | None) -> Tensor:
         graphs, count = self.graphs, len(batch.tokens)

@@ -83,6 +83,14 @@ class Exchanges:
         highest(self.most, self._group)
         return int(self.most) > capacity
 
+    def all_have(self, own: bool) -> bool:
+        """Whether `own` is true on all ranks, which call this together. Raises MeshError."""
+        if self._group is None or self.ranks == 1:
+            return own
+        lacking = torch.tensor([not own], dtype=torch.int32, device=self.most.device)
+        highest(lacking, self._group)
+        return not int(lacking)
+
     @property
     def sent_bytes(self) -> int:
         """Bytes to other ranks since the start, of passes that were launched one by one, not by graphs."""

@@ -2,7 +2,7 @@
 
 NCCL wants an operation captured on all ranks, in graphs that all of them launch, or on none. So all ranks
 choose the size of a pass by the batches of all shards, which each knows, and record its graph after the first
-pass of that size.
+pass of that size. Where one of them cannot, none keeps its graph.
 
 Legend: t tokens of a shard, D hidden.
 """
@@ -39,6 +39,10 @@ class ComputesPasses(Protocol):
 
     def finish(self, x_TD: Tensor, rows_n: Tensor | None, out_nV: Tensor) -> None:
         """Writes logits of the tokens at `rows_n`."""
+        ...
+
+    def all_have(self, own: bool) -> bool:
+        """Whether `own` is true on all ranks of the stage, which call this together."""
         ...
 
 
@@ -78,11 +82,25 @@ class StagePrompts(PromptGraphs):
         finally:
             self._roomy = False
 
+    def compile(self) -> None:
+        """Computes each usual size once, so that passes find their kernels compiled."""
+        for size in self.usual_sizes():
+            self._fill_nothing(size)
+            self._step(size)
+        torch.cuda.synchronize()
+
     def forget(self) -> None:
         """Drops all graphs; passes record new ones."""
         self._graphs.clear()
         self._found.clear()
-        self._newest, self._open = None, True
+        self._newest, self._open, self._pool = None, True, self._new_pool()
+
+    def _capture(self, size: Size) -> None:
+        super()._capture(size)
+        if not self._part.all_have(size in self._graphs):
+            self._graphs.pop(size, None)
+            self._found.pop(size, None)
+            self._open = False
 
     def _compute(self, ids_T: Tensor, shared: Pass, size: Size) -> None:
         part, tokens = self._part, size.tokens

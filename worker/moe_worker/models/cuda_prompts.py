@@ -10,7 +10,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,9 +97,15 @@ class PromptGraphs:
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         self._found: dict[Size, Likeliest | None] = {}
         self._newest: Likeliest | None = None
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._new_pool()
         self._open = True  # to more sizes
         self._warned = False  # of sizes that find no memory
+
+    def _new_pool(self) -> Any:
+        """The memory of graphs; None on a device without. A capture into one whose graphs are all gone
+        fails for as long as torch keeps its memory.
+        """
+        return torch.cuda.graph_pool_handle() if self._model.device.type == "cuda" else None
 
     def usual_sizes(self) -> list[Size]:
         """Those of prompts without and with much context, alone and with streams; the largest first."""
@@ -121,10 +127,10 @@ class PromptGraphs:
         """
         if self._pool is None:
             return
-        nothing, begin, free = Batch.of([], self._cache), time.monotonic(), torch.cuda.mem_get_info()[0]
+        begin, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         for size in each(self.usual_sizes()):
             self._open = len(self._graphs) < MOST_GRAPHS  # smaller ones fit where one did not
-            self.fill(nothing, [], size)
+            self._fill_nothing(size)
             try:
                 self.run(size)
             except torch.OutOfMemoryError as error:
@@ -133,6 +139,9 @@ class PromptGraphs:
         log.info(
             "%d CUDA graphs of prompts take %.2f GB, after %.1f s", len(self._graphs), taken / 1e9, seconds
         )
+
+    def _fill_nothing(self, size: Size) -> None:
+        self.fill(Batch.of([], self._cache), [], size)
 
     def size(self, batch: Batch, rows: Sequence[int]) -> Size | None:
         """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
@@ -202,6 +211,7 @@ class PromptGraphs:
         self._newest = self._step(size)
         if self._pool is not None and self._open:
             self._capture(size)
+            self._open = self._open and len(self._graphs) < MOST_GRAPHS
 
     def likeliest(self, count: int) -> Likeliest | None:
         """Of the first `count` rows, by the newest pass; valid until the next one."""
@@ -216,7 +226,6 @@ class PromptGraphs:
             self._close(error)
             return
         self._graphs[size], self._found[size] = graph, found[0]
-        self._open = len(self._graphs) < MOST_GRAPHS
 
     def _close(self, error: Exception) -> None:
         if not self._warned:
