@@ -20,6 +20,7 @@ many seconds. One JSON object a line.
 
 import argparse
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -64,6 +65,8 @@ ONE = "1x1"
 UNDER_LOAD, ALL_BACK, STEPPED = "under load", "all ranks are back at", "the first step of all streams at"
 # Steps before a rank is killed, and after all ranks are back.
 SETTLED = 50
+# Of a garbage collection that is told.
+LONG_S = 3e-3
 # Longer than a rank may be silent (mesh/pulse.py).
 HUNG_S = 18.0
 KILLED, HUNG, LEADER = "killed", "hung", "leader"
@@ -97,6 +100,22 @@ def run_alone(arguments: argparse.Namespace) -> None:
     measure(whole.loaded(), arguments, 1, None)
 
 
+class Collections:
+    """Tells of those of Python's garbage collections that take longer than a step."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._began = rank, 0.0
+
+    def note(self, phase: str, info: dict[str, int]) -> None:
+        """A callback of `gc`."""
+        now = time.perf_counter()
+        if phase == "start":
+            self._began = now
+        elif now - self._began > LONG_S:
+            took, generation = (now - self._began) * 1e3, info["generation"]
+            print(f"rank {self._rank}: collection {generation} took {took:.1f} ms", file=sys.stderr)
+
+
 def run_rank(arguments: argparse.Namespace) -> NoReturn:
     begin = time.perf_counter()
     logging.basicConfig(format=f"%(asctime)s rank {arguments.rank}: %(message)s", level=logging.INFO)
@@ -104,6 +123,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     def reached(what: str) -> None:
         print(f"rank {arguments.rank}: {what} after {time.perf_counter() - begin:.1f} s", file=sys.stderr)
 
+    gc.callbacks.append(Collections(arguments.rank).note)
     device = torch.device("cuda", arguments.rank)
     options = EngineOptions(
         device=str(device), mesh=arguments.mesh[0], mesh_leader=arguments.address, mesh_rank=arguments.rank,

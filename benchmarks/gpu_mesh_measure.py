@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,34 +25,51 @@ from moe_worker.mesh.member import Member
 from moe_worker.sampling.parameters import SamplingParameters
 
 CONTEXT, PREFILL_SEQUENCES = 512, 64
+# Lengths of prompts that differ, so that the shards of a step do.
+UNEVEN = range(16, CONTEXT + 1)
 # Kernels of kernels/triton/exchange.py.
 PACKING = {"_assign", "_pack", "_unpack", "_sum"}
+# A step is late if it takes so many times the median one.
+LATE = 2.0
 # Largest difference of a row of logits, relative to its norm, of the small model.
 TOLERANCE = 0.02
 
 
 def engine(
     loaded: LoadedModel, options: EngineOptions, count: int, tokens: int, micro_batches: int | None = None,
-    prompt: int = CONTEXT,
+    prompt: int | None = CONTEXT,
 ) -> EngineCore:  # fmt: skip
+    """With `count` requests; prompts of None tokens have UNEVEN ones."""
     core = EngineCore(loaded, options, micro_batches=micro_batches)
     sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
     for number in range(count):
-        ids = random_tokens(prompt, number, loaded.config.vocab_size)
+        length = UNEVEN[number * 31 % len(UNEVEN)] if prompt is None else prompt
+        ids = random_tokens(length, number, loaded.config.vocab_size)
         core.submit(Request(number, tuple(ids), sampling, seed=0))
     return core
 
 
 def decode_ms(core: EngineCore, batch: int) -> float:
-    """Milliseconds of a token of every stream, once all prompts have their first one."""
+    """Milliseconds of a token of every stream, once all prompts have their first one. Late steps go to
+    stderr.
+    """
     seen = set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
     torch.cuda.synchronize()
-    begin, produced = time.perf_counter(), 0
+    begin, produced, ends = time.perf_counter(), 0, list[float]()
     while not core.idle:
         produced += len(core.step())
-    return (time.perf_counter() - begin) / (produced / batch) * 1e3
+        ends.append(time.perf_counter())
+    steps = [(after - before) * 1e3 for before, after in pairwise([begin, *ends])]
+    usual = statistics.median(steps)
+    for number, took in enumerate(steps):
+        if took > LATE * usual:
+            print(
+                f"batch {batch}: step {number} of {len(steps)} took {took:.1f} ms, usual {usual:.1f}",
+                file=sys.stderr,
+            )
+    return (ends[-1] - begin) / (produced / batch) * 1e3
 
 
 def prefill_rate(core: EngineCore) -> float:
@@ -60,7 +78,7 @@ def prefill_rate(core: EngineCore) -> float:
     begin = time.perf_counter()
     while not core.idle:
         core.step()
-    return PREFILL_SEQUENCES * CONTEXT / (time.perf_counter() - begin)
+    return core.counters.prompt_tokens / (time.perf_counter() - begin)
 
 
 class Kernels(NamedTuple):
@@ -157,8 +175,10 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             def run(tokens: int, batch: int = batch, micro: int = micro_batches) -> EngineCore:
                 return engine(loaded, options, batch, tokens, micro)
 
-            step = min(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
+            rounds = sorted(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
+            step = statistics.median(rounds)
             tell(name, batch / step * 1e3, "tokens/s")
+            tell(f"{name}: slowest of {len(rounds)} rounds", batch / rounds[-1] * 1e3, "tokens/s")
             if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
                 continue
             kernels = profiled(run(24), batch)
@@ -173,14 +193,17 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             tell(f"{name}: kernels that pack and unpack tokens in a step", kernels.packing, "ms")
             if stages == 1:
                 tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
-    rates = [prefill_rate(engine(loaded, options, PREFILL_SEQUENCES, 1)) for _ in range(3)]
-    tell(f"prefill, {arguments.prefill_tokens} tokens a step", max(rates), "tokens/s")
-    small = EngineOptions(
-        device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=4096, prefix_cache=False,
-        target_step_ms=10_000,
-    )  # fmt: skip
-    rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
-    tell("prefill, 4096 tokens a step", max(rates), "tokens/s")
+    for tokens in (arguments.prefill_tokens, 4096, 2048):
+        small = EngineOptions(
+            device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=tokens, prefix_cache=False,
+            target_step_ms=10_000,
+        )  # fmt: skip
+        rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
+        tell(f"prefill, {tokens} tokens a step", max(rates), "tokens/s")
+        rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1, prompt=None)) for _ in range(3)]
+        tell(
+            f"prefill, {tokens} tokens a step, prompts of {UNEVEN[0]} to {UNEVEN[-1]}", max(rates), "tokens/s"
+        )
 
 
 def check(case: Case) -> None:

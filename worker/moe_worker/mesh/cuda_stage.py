@@ -5,6 +5,7 @@ hidden, V vocabulary.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_worker.kernels.transfer import make_current, to_device
+from moe_worker.kernels.triton import compiling
 from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
 from moe_worker.kernels.triton.norm import Added, Rounding
 from moe_worker.kvcache.paged import PagedCache
@@ -33,6 +35,8 @@ from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
 from moe_worker.progress import bar
+
+log = logging.getLogger(__name__)
 
 
 class NewExperts(dict[int, tuple[Tensor, ...]]):
@@ -72,11 +76,12 @@ class CudaStage:
         # Without other ranks: they may compile for longer, or not at all where this one comes back to them.
         if self.device.type == "cuda":
             sizes = warm_sizes(prefill_tokens + largest)
-            with self._exchanges.muted():
+            with compiling.counted() as compiled, self._exchanges.muted():
                 for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
                     self._warm(tokens)
                 self.graphs.compile()
                 self.prompts.compile()
+            log.info("%s", compiled)
             self._load_switch()
             torch.cuda.empty_cache()
         self._shown = shown

@@ -3,6 +3,7 @@
 Legend: T tokens of a pass, N tokens whose logits are wanted, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
+from moe_worker.kernels.triton import compiling
 from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
 from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.kvcache.paged import PagedCache
@@ -19,6 +21,8 @@ from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.models.cuda_prompts import PromptGraphs, Size
 from moe_worker.progress import bar
+
+log = logging.getLogger(__name__)
 
 
 class CudaRunner:
@@ -39,15 +43,17 @@ class CudaRunner:
         def shown_prompts(sizes: Iterable[Size]) -> Iterable[Size]:
             return bar(sizes, desc="recording CUDA graphs of prompts", unit="graph", disable=not progress)
 
-        self.graphs.record(shown)
-        self.prompts.record(shown_prompts)
-        if model.device.type == "cuda":
-            sizes = warm_sizes(prefill_tokens + largest)
-            for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
-                self._warm(tokens)
-            self.graphs.totals.add()
-            best_tokens(self.graphs.logits_BV[:1].float())
-            torch.cuda.empty_cache()
+        with compiling.counted() as compiled:
+            self.graphs.record(shown)
+            self.prompts.record(shown_prompts)
+            if model.device.type == "cuda":
+                sizes = warm_sizes(prefill_tokens + largest)
+                for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
+                    self._warm(tokens)
+                self.graphs.totals.add()
+                best_tokens(self.graphs.logits_BV[:1].float())
+                torch.cuda.empty_cache()
+                log.info("%s", compiled)
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""
