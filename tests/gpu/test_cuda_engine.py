@@ -19,6 +19,7 @@ from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
 from moe_worker.kernels.triton.packed import PackedSparse14
 from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.mesh.stage_prompts import StagePrompts
 from moe_worker.models import cuda
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare, unsupported
@@ -272,6 +273,45 @@ def test_memory_that_nobody_wrote_reaches_no_logits():
     finally:
         torch.use_deterministic_algorithms(False)
     assert both.runner.graphs.logits_BV[:4].isfinite().all()
+
+
+class WholeStage:
+    """What prompts of a rank need of a stage that has all layers."""
+
+    def __init__(self, model):
+        self._model, self.hidden, self.dtype = model, model.embedding_VD.shape[1], torch.bfloat16
+
+    def capacity(self, tokens):
+        return tokens
+
+    def forward(self, tokens_T, shared, cache, x_TD):
+        x_TD, self._added = self._model.forward(tokens_T, shared, cache.layers, x_TD)
+        return x_TD
+
+    def finish(self, x_TD, rows_n, out_nV):
+        self._model.logits(x_TD[rows_n], self._added.of_tokens(rows_n, x_TD.shape[0]), out_nV)
+
+    def all_have(self, own):
+        return own
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter captures nothing")
+@torch.inference_mode()
+def test_a_rank_that_has_met_others_again_captures_its_prompts_again():
+    both = Both(SMALL, "w4a8")
+    model, graphs = both.runner._model, both.runner.graphs
+    prompts = StagePrompts(model, graphs, CONTEXT, 256, WholeStage(model), first=True, last=True)
+    batch, found = Batch.of([Segment(tokens_of(40, seed=1), 0, [5, 9, 2])], both.cache), []
+    for _ in range(2):
+        for _ in range(2):  # the second time the graph is launched
+            size = prompts.size(batch, [39])
+            prompts.take(batch, [39], size, None)
+            prompts.run(size)
+            found.append(graphs.logits_BV[:1].clone())
+        assert list(prompts._graphs) == [size]
+        prompts.forget()
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert difference(found[0].float(), both.exact(tokens_of(40, seed=1))[-1:]) < TOLERANCE["w4a8"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -538,7 +538,8 @@ def test_a_stream_outlives_the_other_rank(tmp_path):
             return process
 
         other = start()
-        with Worker(checkpoint, *flags, environment=secret) as worker:
+        # A new process needs longer than the engine may hang.
+        with Worker(checkpoint, *flags, "--stall-timeout", "2", environment=secret) as worker:
             worker.wait_ready()
             expected = Engine(checkpoint, **OPTIONS).generate("hello", SamplingParameters(max_tokens=100))
             stream = worker.generate(max_tokens=100)

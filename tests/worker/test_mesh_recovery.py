@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
+from moe_worker.mesh import channel as channel_module
 from moe_worker.mesh import member as member_module
 from moe_worker.mesh import part, recovery
+from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
 from moe_worker.mesh.joining import Identity, listener_at
 from moe_worker.mesh.member import Member
-from moe_worker.mesh.messages import Allocate, Welcome
+from moe_worker.mesh.messages import Allocate, Ready, Welcome
 from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare, start_together
 from moe_worker.sampling.parameters import SamplingParameters
@@ -287,6 +290,48 @@ def test_exchanges_are_prepared_when_all_ranks_have_compiled(group, expected):
     member = SimpleNamespace(leads=False, group=group, channels=[channel])
     start_together(member, SimpleNamespace(resume=lambda: events.append("resumed")), 4)
     assert events == expected
+
+
+def connected(rank):
+    """A channel to `rank` that listens, and the other end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    channel = Channel(ours, rank)
+    channel.listen(lambda *_: None)
+    return channel, Channel(theirs, 0)
+
+
+def test_a_leader_says_that_it_waits_for_a_rank_that_loads_as_long_as_that_one_is_alive(monkeypatch):
+    """So that it does not count as hung; a rank that loads for ever, or is silent, ends it all the same."""
+    monkeypatch.setattr(channel_module, "WAIT_S", 0.001)
+    channel, other = connected(2)
+    said = []
+    member = SimpleNamespace(
+        leads=True, rank=0, shape=MeshShape(1, 3), channels=[channel], on_wait=lambda: said.append(1),
+        group=None, formation=1, absent=(), reform=lambda *_: None,
+    )  # fmt: skip
+    waiting = Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
+
+    def load():
+        while len(said) < 3:
+            time.sleep(0.001)
+        for _ in range(2):
+            other.send(Ready(4))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(other.close)
+        stack.callback(channel.close)
+        loading = threading.Thread(target=load)
+        loading.start()
+        waiting.recover(RankLostError("rank 2 left the mesh"))
+        loading.join()
+        said.clear()
+        monkeypatch.setattr(recovery, "LOAD_SILENT_S", 0.0)
+        monkeypatch.setattr(recovery, "LOAD_S", 0.05)
+        with pytest.raises(RankAbsentError, match=r"rank 2 .* did not load and compile .* within 0.05 s"):
+            waiting.recover(RankLostError("rank 2 left the mesh"))
+        assert not said
 
 
 def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in_again(caplog):

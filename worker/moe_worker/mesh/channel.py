@@ -20,6 +20,8 @@ from moe_worker.mesh.secure import SecureConnection
 log = logging.getLogger(__name__)
 LARGEST_FRAME: Final = 1 << 28
 _ONE_VERSION: Final = "use the same worker version on all ranks"
+# Between two calls while a message is awaited.
+WAIT_S: Final = 1.0
 # The other end has so long to take note of a failure.
 NOTED_S: Final = 5.0
 Lost = Callable[["Channel", MeshError], None]
@@ -78,9 +80,14 @@ class Channel:
                 if isinstance(self._inbox.get(timeout=left), MeshError):
                     return
 
-    def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
-        """The next message, which must be one of `kinds`. Raises MeshError."""
-        message = self._read_message(most) if self._inbox is None else self._inbox.get()
+    def receive(
+        self, *kinds: type[Any], most: int = LARGEST_FRAME, waits: Callable[["Channel"], None] | None = None
+    ) -> Any:
+        """The next message, which must be one of `kinds`. Raises MeshError.
+
+        waits: called every WAIT_S until it comes, where the channel listens.
+        """
+        message = self._read_message(most) if self._inbox is None else _next(self, self._inbox, waits)
         if isinstance(message, MeshError):
             self.end(message)
             raise message
@@ -213,3 +220,15 @@ class Channel:
             raise RankLostError(
                 f"rank {self.rank}: connection lost: {why}; check that it runs, and the network"
             ) from error
+
+
+def _next(
+    channel: Channel,
+    inbox: "queue.SimpleQueue[Message | MeshError]",
+    waits: Callable[[Channel], None] | None,
+) -> Message | MeshError:
+    while waits is not None:
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=WAIT_S)
+        waits(channel)
+    return inbox.get()

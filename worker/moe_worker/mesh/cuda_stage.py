@@ -77,14 +77,20 @@ class CudaStage:
         if self.device.type == "cuda":
             sizes = warm_sizes(prefill_tokens + largest)
             with compiling.counted() as compiled, self._exchanges.muted():
-                for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
-                    self._warm(tokens)
-                self.graphs.compile()
-                self.prompts.compile()
+                with compiling.ahead():
+                    self._compute_sizes(sizes)
+                self._compute_sizes(bar(sizes, desc="compiling prefill", unit="size", disable=not progress))
             log.info("%s", compiled)
             self._load_switch()
             torch.cuda.empty_cache()
         self._shown = shown
+
+    def _compute_sizes(self, prefill: Iterable[int]) -> None:
+        """Passes of every size, so that later ones find their kernels compiled."""
+        for tokens in prefill:
+            self._warm(tokens)
+        self.graphs.compile()
+        self.prompts.compile()
 
     @property
     def stage(self) -> Stage:
@@ -311,12 +317,6 @@ class StageGraphs(DecodeGraphs):
         self._part = part
         self.x_BD = torch.zeros(largest, part.hidden, dtype=part.dtype, device=part.device)
         self._with_room: dict[int, torch.cuda.CUDAGraph] = {}
-
-    def compile(self) -> None:
-        """Computes each step once, so that `record` finds its kernels compiled."""
-        for size in self.sizes[::-1]:
-            self._step(size)
-        torch.cuda.synchronize()
 
     def forget(self) -> None:
         """Drops all graphs; `record` follows."""

@@ -47,7 +47,8 @@ class Member:
     goes from the last stage to the leader; None where there is one stage. moved: where experts are, as the
     leader says: by layer, the expert at each place, where that is not the placement for equal loads. present:
     ranks that take part now. formation: how often they have met again. on_change: called when others take
-    part; on_wake, by other threads, when there is something to do between two passes.
+    part; on_wake, by other threads, when there is something to do between two passes; on_wait now and then
+    while the leader waits for ranks to come back or to load.
     """
 
     def __init__(self, identity: Identity, rank: int, address: tuple[str, int], device: torch.device) -> None:
@@ -60,6 +61,7 @@ class Member:
         self.formation = 0
         self.on_change: Callable[[], None] = lambda: None
         self.on_wake: Callable[[], None] = lambda: None
+        self.on_wait: Callable[[], None] = lambda: None
         self._identity, self._address, self._device = identity, address, device
         self._groups: list[dist.ProcessGroup] = []  # of GPUs
         self._abort: Abort | None = None
@@ -142,7 +144,12 @@ class Member:
             self._door.let_in()
         self.leave()
         self.formation += 1
-        self.form(seconds, lambda missing, waited: may_lack(missing, GRACE_S if missing <= away else waited))
+
+        def lacks(missing: frozenset[int], waited: float) -> bool:
+            self.on_wait()
+            return may_lack(missing, GRACE_S if missing <= away else waited)
+
+        self.form(seconds, lacks)
 
     def wait_for_absent(self, pages: int) -> None:
         """From now on absent ranks may come, load, and wait; they need room for `pages` pages."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from moe_worker.config.mesh import MeshShape
+from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeetAgainError, MeshError, RankAbsentError, RankMemoryError
 from moe_worker.mesh.member import GRACE_S, Member
 from moe_worker.mesh.messages import Allocate, Ready
@@ -16,15 +17,21 @@ from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.mesh.rebalance.hold import HeldExperts
 
 log = logging.getLogger(__name__)
-# A lost rank has so long to come back, and so often may ranks be lost in a while; then the replica ends.
+Waits = Callable[[Channel], None]
+# A lost rank has so long to come back, and then so long to load and compile its part, of which it must not
+# be silent for too long; and so often may ranks be lost in a while. Then the replica ends.
 REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
+LOAD_S, LOAD_SILENT_S = 600.0, 60.0
 MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 
 
-def agree_on_pages(member: Member, pages: int) -> int:
-    """The pages that every rank has room for; returns when all ranks have come so far."""
+def agree_on_pages(member: Member, pages: int, waits: Waits | None = None) -> int:
+    """The pages that every rank has room for; returns when all ranks have come so far.
+
+    waits: called now and then while the leader waits for a rank.
+    """
     if member.leads:
-        most: int = min([pages, *(channel.receive(Ready).pages for channel in member.channels)])
+        most: int = min([pages, *(channel.receive(Ready, waits=waits).pages for channel in member.channels)])
         for channel in member.channels:
             channel.send(Allocate(most))
         return most
@@ -33,14 +40,14 @@ def agree_on_pages(member: Member, pages: int) -> int:
     return allotted
 
 
-def start_together(member: Member, part: RankStage, pages: int) -> None:
+def start_together(member: Member, part: RankStage, pages: int, waits: Waits | None = None) -> None:
     """Waits until all ranks have compiled their passes, which takes minutes where nothing is cached: nobody
     waits for that in an exchange, which has a limit. Then all prepare exchanges together; one that the others
     serve without prepares alone, before it is ready. Raises MeshError.
     """
     if member.group is None:
         part.resume()
-    agree_on_pages(member, pages)
+    agree_on_pages(member, pages, waits)
     if member.group is not None:
         part.resume()
 
@@ -76,12 +83,13 @@ class Recovery:
         self._member, self._part, self._held, self._pages, self._on_met = member, part, held, pages, on_met
         self.stages: Sequence[range] = ()
         self._begun: list[float] = []
+        self._load_ends = 0.0
 
     def recover(self, error: MeshError) -> None:
         """Meets the other ranks again after `error`; all but lost ones keep their weights.
 
-        Raises MeshError where a rank does not come within REFORM_S, or where the leader has lost ranks, or
-        meeting has failed, `most` times in REFORM_WINDOW_S already.
+        Raises MeshError where a rank does not come within REFORM_S, or does not load within LOAD_S, or where
+        the leader has lost ranks, or meeting has failed, `most` times in REFORM_WINDOW_S already.
         """
         begin = time.monotonic()
         # Steps become smaller each time that a rank has no memory for one, so that ends by itself. The others
@@ -126,8 +134,9 @@ class Recovery:
             member.moved = held.places.moved
         self._part.release()
         member.reform(REFORM_S, self._may_lack)
+        self._load_ends = time.monotonic() + LOAD_S
         # A rank that is new must have room for as many pages as the others have allocated.
-        if agree_on_pages(member, self._pages) != self._pages:
+        if agree_on_pages(member, self._pages, self._waits) != self._pages:
             raise MeshError(
                 f"a new rank has no room for {self._pages} pages of KV cache; start all ranks again"
             )
@@ -138,11 +147,22 @@ class Recovery:
         self._part.rejoin(member.group)
         if held is not None:
             held.adopt(member.moved, self._part.stage.layers)
-        start_together(member, self._part, self._pages)
+        start_together(member, self._part, self._pages, self._waits)
         member.arm()
         if member.leads:
             member.wait_for_absent(self._pages)
         self._on_met()
+
+    def _waits(self, channel: Channel) -> None:
+        """The leader waits for a rank that loads: it does not hang, unless that rank does."""
+        now = time.monotonic()
+        if now >= self._load_ends:
+            raise RankAbsentError(
+                f"rank {channel.rank} came back, but did not load and compile its part within {LOAD_S:g} s; "
+                "see its log, and keep its model and TRITON_CACHE_DIR on a fast volume"
+            )
+        if now - channel.heard < LOAD_SILENT_S:
+            self._member.on_wait()
 
     def _may_lack(self, missing: frozenset[int], waited_s: float) -> bool:
         if self._held is None or waited_s < GRACE_S:

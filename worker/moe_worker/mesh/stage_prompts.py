@@ -82,13 +82,6 @@ class StagePrompts(PromptGraphs):
         finally:
             self._roomy = False
 
-    def compile(self) -> None:
-        """Computes each usual size once, so that passes find their kernels compiled."""
-        for size in self.usual_sizes():
-            self._fill_nothing(size)
-            self._step(size)
-        torch.cuda.synchronize()
-
     def forget(self) -> None:
         """Drops all graphs; passes record new ones."""
         self._graphs.clear()

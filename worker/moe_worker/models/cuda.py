@@ -4,7 +4,8 @@ Legend: T tokens, N tokens whose logits are wanted, B sequences, D hidden, V voc
 sequence, W cache row, L layers, A experts, C tiles of tokens.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.kernels.triton import few
+from moe_worker.kernels.triton import compiling, few
 from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.expanded import Contexts, context_rows, expanded_tokens
 from moe_worker.kernels.triton.linear import linear_packed
@@ -97,12 +98,23 @@ class CudaModel:
         if x_TD is None:
             x_TD = functional.embedding(tokens_T, self.embedding_VD)
         added: Added | None = None
-        for layer, cache_SW in zip(self.layers, caches, strict=True):
+        numbered = zip(self.layers, caches, strict=True)
+        for layer, cache_SW in self._of_each_kind(numbered) if compiling.is_ahead() else numbered:
             attended_TD = layer.attention(x_TD, added, shared, cache_SW)
             added = layer.block(x_TD, attended_TD, shared)
         if added is None:
             raise ValueError("a model needs at least one layer")
         return x_TD, added
+
+    def _of_each_kind(
+        self, numbered: Iterable[tuple[CudaLayer, Tensor]]
+    ) -> Iterator[tuple[CudaLayer, Tensor]]:
+        """The first two layers of each kind: others launch the same kernels."""
+        seen = Counter[Hashable]()
+        for layer, cache_SW in numbered:
+            seen[layer.kind] += 1
+            if seen[layer.kind] <= 2:
+                yield layer, cache_SW
 
     def settle(self, x_TD: Tensor, added: Added) -> None:
         """Adds to the residual in place, before it leaves the stage."""

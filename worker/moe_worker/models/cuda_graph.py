@@ -102,6 +102,12 @@ class DecodeGraphs:
         for size in each(self.sizes[::-1]):
             self._record(size, pool)
 
+    def compile(self) -> None:
+        """Computes each step once, so that `record` finds its kernels compiled."""
+        for size in self.sizes[::-1]:
+            self._step(size)
+        torch.cuda.synchronize()
+
     def forget(self) -> None:
         """Drops all graphs; `record` makes new ones, which write to nobody's page alone meanwhile."""
         self._graphs.clear()

@@ -5,7 +5,7 @@ rotary position, R latent rank, W = R + P, V value elements, Q query rank, E rou
 intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -122,6 +122,13 @@ class CudaLayer:
     down: Weight
     counts_A: Tensor
     exchange: Exchange | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """Layers of one kind launch the same kernels."""
+        weights = self.input, self.output, self.gate_up, self.down
+        shapes = tuple((each.dtype, each.shape) for weight in weights for each in stored_tensors(weight))
+        return self.router_ED is None, self.exchange is None, shapes
 
     def attention(self, x_TD: Tensor, added: Added | None, shared: Pass, cache_SW: Tensor) -> Tensor:
         """Adds `added` to the residual `x_TD` in place; the attention's output, not yet added: [T * S, D], of

@@ -120,6 +120,14 @@ class PromptGraphs:
         return list(found)
 
     @torch.inference_mode()
+    def compile(self) -> None:
+        """Computes each usual size once, so that passes find their kernels compiled."""
+        for size in self.usual_sizes():
+            self._fill_nothing(size)
+            self._step(size)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
     def record(self, each: Callable[[Iterable[Size]], Iterable[Size]] = lambda sizes: sizes) -> None:
         """Compiles the kernels of the usual sizes and records their graphs, as far as memory allows.
 

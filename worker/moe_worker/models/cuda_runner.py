@@ -43,17 +43,25 @@ class CudaRunner:
         def shown_prompts(sizes: Iterable[Size]) -> Iterable[Size]:
             return bar(sizes, desc="recording CUDA graphs of prompts", unit="graph", disable=not progress)
 
+        if model.device.type != "cuda":
+            return
+        sizes = warm_sizes(prefill_tokens + largest)
         with compiling.counted() as compiled:
+            with compiling.ahead():
+                self.graphs.compile()
+                self.prompts.compile()
+                self._compute_sizes(sizes)
             self.graphs.record(shown)
             self.prompts.record(shown_prompts)
-            if model.device.type == "cuda":
-                sizes = warm_sizes(prefill_tokens + largest)
-                for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
-                    self._warm(tokens)
-                self.graphs.totals.add()
-                best_tokens(self.graphs.logits_BV[:1].float())
-                torch.cuda.empty_cache()
-                log.info("%s", compiled)
+            self._compute_sizes(bar(sizes, desc="compiling prefill", unit="size", disable=not progress))
+            torch.cuda.empty_cache()
+        log.info("%s", compiled)
+
+    def _compute_sizes(self, sizes: Iterable[int]) -> None:
+        for tokens in sizes:
+            self._warm(tokens)
+        self.graphs.totals.add()
+        best_tokens(self.graphs.logits_BV[:1].float())
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""

@@ -35,6 +35,7 @@ from moe_worker.service.wire import (
     Start,
     Stepped,
     Submit,
+    Waits,
     decode,
     encode,
 )
@@ -223,8 +224,11 @@ class EngineClient:
 
     async def _hand_out(self) -> Message | None:
         """Reads the engine's messages to the last one; None if it ended without one."""
-        while isinstance(message := await self._receive(), Stepped | Refused | ExpertReport | MeshChanged):
-            if isinstance(message, Stepped):
+        kinds = Stepped | Refused | ExpertReport | MeshChanged | Waits
+        while isinstance(message := await self._receive(), kinds):
+            if isinstance(message, Waits):
+                self._watchdog.heard()
+            elif isinstance(message, Stepped):
                 self._take(message)
             elif isinstance(message, Refused):
                 self._refuse(message)

@@ -40,11 +40,14 @@ from moe_worker.service.wire import (
     Start,
     Stepped,
     Submit,
+    Waits,
     decode,
     encode,
 )
 
 log = logging.getLogger("moe_worker.engine")
+# From one word of an engine that waits for other ranks to the next.
+WAIT_S = 0.2
 
 
 def main() -> None:
@@ -141,6 +144,7 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     if loaded.member is not None:
         farewells.append(loaded.member.farewell)
         loaded.member.on_change = mesh.tell
+        loaded.member.on_wait = mesh.tell_that_it_waits
         loaded.member.on_wake = lambda: inbox.put(Wake())
     preparing = Preparing(inbox.put)
     submitted = 0
@@ -164,6 +168,14 @@ class _MeshTeller:
 
     def __init__(self, core: EngineCore, sender: _Sender) -> None:
         self._core, self._sender, self._told = core, sender, core.mesh_report
+        self._waited = 0.0
+
+    def tell_that_it_waits(self) -> None:
+        """May be called often."""
+        now = time.monotonic()
+        if now - self._waited >= WAIT_S:
+            self._waited = now
+            self._sender.send(Waits())
 
     def tell(self) -> None:
         report = self._core.mesh_report

@@ -104,8 +104,23 @@ class MeshChanged:
     mesh: MeshReport
 
 
+@dataclass(frozen=True)
+class Waits:
+    """Engine to edge: it makes no step, and does not hang: it waits for a rank of its mesh to come back."""
+
+
 Message = (
-    Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped | MeshChanged
+    Start
+    | Submit
+    | Refused
+    | Cancel
+    | AskExperts
+    | ExpertReport
+    | Loaded
+    | Failed
+    | Stepped
+    | MeshChanged
+    | Waits
 )
 
 

@@ -1,42 +1,98 @@
-"""How many kernels this process has compiled, and how long that took."""
+"""Compiles the kernels of passes side by side before they are launched, and counts what was compiled.
 
+Launched one after the other on an empty cache, the kernels of a model take Triton a minute: most of it in
+LLVM and in ptxas, which leave the interpreter's lock to other threads.
+"""
+
+import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+import triton
+from torch.overrides import TorchFunctionMode
 from triton import knobs
+from triton.runtime.jit import JITFunction
+
+log = logging.getLogger(__name__)
+# Each compilation takes some 100 MB of memory.
+MOST_THREADS = 8
+_AHEAD: ContextVar[bool] = ContextVar("kernels are compiled ahead", default=False)
+_UNINITIALIZED = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
 
 
-@dataclass
 class Compiled:
-    """Kernels that were compiled, the seconds for it, and kernels that the cache had."""
+    """Kernels that were compiled, and those that the cache had, since this object was made."""
 
-    kernels: int = 0
-    seconds: float = 0.0
-    cached: int = 0
+    def __init__(self) -> None:
+        self.kernels = self.cached = 0
+        self._began = time.monotonic()
 
-    def note(self, times: Any, cache_hit: bool, **_: object) -> None:
-        """A listener of Triton's: `times` are in microseconds."""
-        if cache_hit:
-            self.cached += 1
-        else:
-            self.kernels += 1
-            self.seconds += times.total / 1e6
+    def note(self, *, cache_hit: bool, **_: Any) -> None:
+        """A listener of Triton's."""
+        self.cached += cache_hit
+        self.kernels += not cache_hit
 
     def __str__(self) -> str:
         return (
-            f"compiled {self.kernels} kernels in {self.seconds:.1f} s and found {self.cached} in "
-            f"{knobs.cache.dir}"
+            f"kernels are ready after {time.monotonic() - self._began:.1f} s: {self.kernels} were compiled, "
+            f"{self.cached} were in {knobs.cache.dir}"
         )
 
 
 @contextmanager
 def counted() -> Iterator[Compiled]:
-    """Counts what is compiled meanwhile. One block at a time does."""
+    """Counts what is compiled meanwhile."""
     before, found = knobs.compilation.listener, Compiled()
     knobs.compilation.listener = found.note
     try:
         yield found
     finally:
         knobs.compilation.listener = before
+
+
+@contextmanager
+def ahead() -> Iterator[None]:
+    """Kernels that are launched meanwhile are compiled and not run; at the end all are compiled.
+
+    What they would have written is zeros, so that torch's own operations read valid numbers and indices.
+    Passes compute few layers of each kind. The block ends early where a pass finds no memory. What it left
+    out, and what cannot be compiled, is compiled at the first launch.
+    """
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        del warmup
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
+    with ThreadPoolExecutor(threads, "compile") as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        before = _AHEAD.set(True)
+        JITFunction.run = compiled
+        try:
+            with _Zeros():
+                yield
+        except torch.OutOfMemoryError as error:
+            log.warning("kernels of some sizes are compiled one by one: %s", error)
+        finally:
+            JITFunction.run = run
+            _AHEAD.reset(before)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_ahead() -> bool:
+    """Whether kernels are only compiled now."""
+    return _AHEAD.get()
+
+
+class _Zeros(TorchFunctionMode):
+    """New tensors are zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return made.zero_() if func in _UNINITIALIZED else made
