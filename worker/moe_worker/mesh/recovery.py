@@ -17,7 +17,7 @@ from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.mesh.rebalance.hold import HeldExperts
 
 log = logging.getLogger(__name__)
-Waits = Callable[[Channel], None]
+Waiting = Callable[[Channel], None]
 # A lost rank has so long to come back, and then so long to load and compile its part, of which it must not
 # be silent for too long; and so often may ranks be lost in a while. Then the replica ends.
 REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
@@ -25,7 +25,7 @@ LOAD_S, LOAD_SILENT_S = 600.0, 60.0
 MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 
 
-def agree_on_pages(member: Member, pages: int, waits: Waits | None = None) -> int:
+def agree_on_pages(member: Member, pages: int, waits: Waiting | None = None) -> int:
     """The pages that every rank has room for; returns when all ranks have come so far.
 
     waits: called now and then while the leader waits for a rank.
@@ -40,7 +40,7 @@ def agree_on_pages(member: Member, pages: int, waits: Waits | None = None) -> in
     return allotted
 
 
-def start_together(member: Member, part: RankStage, pages: int, waits: Waits | None = None) -> None:
+def start_together(member: Member, part: RankStage, pages: int, waits: Waiting | None = None) -> None:
     """Waits until all ranks have compiled their passes, which takes minutes where nothing is cached: nobody
     waits for that in an exchange, which has a limit. Then all prepare exchanges together; one that the others
     serve without prepares alone, before it is ready. Raises MeshError.
