@@ -30,6 +30,8 @@ USER 65532:65532
 CMD ["moe", "--help"]
 
 FROM base AS worker
+# Triton compiles its interface to the driver on the machine with the GPU.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY requirements/worker.txt /requirements/
 RUN pip install --require-hashes --requirement /requirements/worker.txt
 RUN --mount=from=wheel,source=/dist,target=/dist pip install --no-deps /dist/*.whl && pip check

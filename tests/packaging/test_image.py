@@ -91,6 +91,12 @@ def test_every_image_starts_from_one_base_that_is_named_by_its_digest():
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", outside.pop())
 
 
+def test_a_worker_on_a_gpu_has_the_c_compiler_that_triton_calls():
+    """For its interface to the driver, at the first launch of a kernel."""
+    (install,) = (c for c in dockerfile.commands(STAGES["worker"]) if c.startswith("apt-get"))
+    assert {"gcc", "libc6-dev"} <= set(install.split())
+
+
 def test_the_build_stage_installs_a_compiler():
     (install,) = (c for c in dockerfile.commands(STAGES["wheel"]) if c.startswith("apt-get"))
     assert re.search(r"install .*\bg\+\+", install)
