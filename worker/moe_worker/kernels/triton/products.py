@@ -108,30 +108,24 @@ def unpack_sparse14(values, positions, SECOND: tl.constexpr):
     return _side_by_side(low, _placed_half(values, positions, SECOND * 8 + 4))
 
 
-@triton.jit
-def _bf16_of_low(packed):
-    """Low nibbles of int8 values, as signed bf16: the bits of 136 + value, less 136."""
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; "
-            "cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x4140; "
-            "lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, a, one, less; }",
-            "=r,h", [packed], dtype=tl.bfloat16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return ((packed << 4).to(tl.int8) >> 4).to(tl.float32).to(tl.bfloat16)
+_NIBBLES = tl.constexpr(
+    tuple(
+        "{ .reg .b32 a, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; "
+        f"cvt.u32.u16 a, $1; {shift}prmt.b32 a, a, 0, 0x4140; "
+        "lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, a, one, less; }"
+        for shift in ("", "shr.b32 a, a, 4; ")
+    )
+)
 
 
 @triton.jit
-def _bf16_of_high(packed):
-    """As `_bf16_of_low`, of the high nibbles."""
+def _bf16_of_nibbles(packed, HIGH: tl.constexpr):
+    """Low (0) or high (1) nibbles of int8 values, as signed bf16: the bits of 136 + value, less 136."""
     if COMPILED:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; "
-            "cvt.u32.u16 a, $1; shr.b32 a, a, 4; prmt.b32 a, a, 0, 0x4140; "
-            "lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, a, one, less; }",
-            "=r,h", [packed], dtype=tl.bfloat16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return (packed >> 4).to(tl.float32).to(tl.bfloat16)
+            _NIBBLES[HIGH], "=r,h", [packed], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return ((packed << 4 - 4 * HIGH).to(tl.int8) >> 4).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
@@ -199,7 +193,7 @@ def dot_int4_group(
             sums = tl.dot(weight_Nk, x_kM, out_dtype=tl.int32).to(tl.float32)
             acc_NM += sums * ((scale_N * 0.0625)[:, None] * scale_M[None, :])
         else:
-            weight_Nk = _side_by_side(_bf16_of_low(packed), _bf16_of_high(packed))
+            weight_Nk = _side_by_side(_bf16_of_nibbles(packed, 0), _bf16_of_nibbles(packed, 1))
             acc_NM += dot_bf16(weight_Nk, x_kM) * scale_N[:, None]
     return acc_NM
 
