@@ -73,7 +73,7 @@ def install() -> Path:
 
 
 def build(directory: Path) -> Path:
-    """Compiles into `directory` in about 10 seconds; other processes see the complete file or none.
+    """Compiles into `directory`, in 20 seconds of CPU time; other processes see the complete file or none.
 
     Raises BuildError if this is not Linux on x86-64, if there is no C++ compiler, or if it fails.
     """
