@@ -55,10 +55,8 @@ class Fusion:
         x_TD = torch.empty(tokens, model.config.hidden_size) if x_TD is None else x_TD.clone()
         if self._cache() is not cache:
             self._read(cache)
-        paged = arguments.cache
-        paged.pages, paged.starts = batch.pages_BP.data_ptr(), batch.starts.data_ptr()
-        paged.lengths = batch.lengths_B.data_ptr()
-        paged.batch, paged.page_stride = batch.pages.shape
+        tables = (batch.pages_BP.data_ptr(), batch.starts.data_ptr(), batch.lengths_B.data_ptr())
+        arguments.cache.point_to(*tables, batch.pages.shape)
         logits_NV = torch.empty(len(rows), model.config.vocab_size)
         arguments.embedding, arguments.x = embedding, x_TD.data_ptr()
         arguments.tokens, arguments.positions = batch.tokens_T.data_ptr(), batch.positions_T.data_ptr()
@@ -74,9 +72,7 @@ class Fusion:
         """Points the structs to `cache`, for all batches in it."""
         for struct, rows_CW in zip(self._layers, cache.layers, strict=True):
             struct.cache_rows = rows_CW.data_ptr()
-        self._arguments.cache = structs.Cache(
-            bf16=int(cache.shape.dtype == torch.bfloat16), page_shift=cache.page_size.bit_length() - 1
-        )
+        self._arguments.cache = structs.Cache.of(cache.shape.dtype == torch.bfloat16, cache.page_size)
         self._cache = weakref.ref(cache)
 
     def keep_choices(self) -> None:

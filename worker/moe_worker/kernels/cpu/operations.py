@@ -60,16 +60,11 @@ class PagedRows:
     @property
     def struct(self) -> structs.Cache:
         """The cache as the kernels read it."""
-        return structs.Cache(
-            self.rows_CW.data_ptr(),
-            int(self.rows_CW.dtype == torch.bfloat16),
-            self.page_size.bit_length() - 1,
-            self.pages_BN.data_ptr(),
-            self.starts.data_ptr(),
-            self.lengths_B.data_ptr(),
-            self.pages_BN.shape[1],
-            self.pages_BN.shape[0],
-        )
+        rows_CW, pages_BN = self.rows_CW, self.pages_BN
+        cache = structs.Cache.of(rows_CW.dtype == torch.bfloat16, self.page_size, rows_CW.data_ptr())
+        batch = (pages_BN.data_ptr(), self.starts.data_ptr(), self.lengths_B.data_ptr())
+        cache.point_to(*batch, (pages_BN.shape[0], pages_BN.shape[1]))
+        return cache
 
 
 def quantize(

@@ -1,6 +1,7 @@
 """The structs of native/interface.h, field by field in its order; a test compares their sizes."""
 
 from ctypes import Structure, c_float, c_int32, c_void_p
+from typing import Self
 
 from moe_worker.config.moe import MOST_LEVELS, Routing
 
@@ -110,6 +111,16 @@ class Cache(Structure):
         ("page_stride", c_int32),
         ("batch", c_int32),
     ]
+
+    @classmethod
+    def of(cls, bf16: bool, page_size: int, rows: int | None = None) -> Self:
+        """Storage without a batch. rows: where a layer's rows are; None: the layer itself says so."""
+        return cls(rows=rows, bf16=int(bf16), page_shift=page_size.bit_length() - 1)
+
+    def point_to(self, pages: int, starts: int, lengths: int, shape: tuple[int, int]) -> None:
+        """Reads the sequences of a batch at these addresses. shape: of the table of pages."""
+        self.pages, self.starts, self.lengths = pages, starts, lengths
+        self.batch, self.page_stride = shape
 
 
 class LatentArguments(Structure):
