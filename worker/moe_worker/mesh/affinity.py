@@ -65,14 +65,6 @@ def gathered(
     return tuple(np.asarray(places_M)[np.argsort(best.rank_M, kind="stable")].tolist())
 
 
-def ranks_used(
-    places_M: Sequence[int], shares_NE: Sequence[Sequence[float]], ranks: int, choices: int
-) -> float:
-    """The ranks that a token's choices lie on, mean over domains; copies share an expert's choices evenly."""
-    unused_NM = _unused(np.asarray(places_M), np.asarray(shares_NE), choices)
-    return float((1 - unused_NM.reshape(len(unused_NM), ranks, -1).prod(2)).sum(1).mean())
-
-
 class _End(NamedTuple):
     """Where a search has ended: its cost, and the rank of each copy."""
 

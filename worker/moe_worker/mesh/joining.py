@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
+from moe_api.address import check_address, split
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
@@ -231,11 +232,10 @@ def is_address(host: str) -> bool:
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of the leader. Raises SettingsError."""
-    host, _, port = text.rpartition(":")
     try:
-        name = host.encode("idna")
-    except UnicodeError:  # which no lookup would take
-        name = b""
-    if not name or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        host, port = split(check_address(text))
+    except ValueError:
+        port = 0
+    if not port:
         raise SettingsError(f"--mesh-leader {text[:60]!r} is no address; write HOST:PORT of rank 0")
-    return host.strip("[]"), int(port)
+    return host, port

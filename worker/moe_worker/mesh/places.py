@@ -23,7 +23,7 @@ def advised(config: ModelConfig, ranks: int, redundant: int, report: RoutingRepo
         return {}
     topology, experts = _topology(config, ranks), config.moe.routed
     found = {}
-    for layer in _routed(config):
+    for layer in config.moe_layers:
         loads_E = report.loads.get(layer, ())
         if len(loads_E) != experts or not sum(loads_E):
             continue
@@ -39,10 +39,6 @@ def _topology(config: ModelConfig, ranks: int) -> Topology:
     return Topology(ranks, groups=config.moe.routing.groups, apart=True)
 
 
-def _routed(config: ModelConfig) -> Iterable[int]:
-    return (layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers)
-
-
 class ExpertPlaces:
     """Places of a model's routed experts over the `ranks` of a stage.
 
@@ -54,7 +50,7 @@ class ExpertPlaces:
     def __init__(self, config: ModelConfig, ranks: int, redundant: int) -> None:
         self.ranks, self.experts, self.redundant = ranks, config.moe.routed, redundant
         self.topology = _topology(config, ranks)
-        self.layers = tuple(_routed(config)) if ranks > 1 else ()
+        self.layers = config.moe_layers if ranks > 1 else ()
         self.moved: dict[int, tuple[int, ...]] = {}
         if self.layers:
             (self._even_M,) = placement([[1.0] * self.experts], self.topology, redundant)
