@@ -42,6 +42,7 @@ class Api:
             self.cluster, Settings(model_roots="/"), rank, lambda: datetime.now(UTC), lambda _: {}
         )
         self.writes = 0
+        self._installed = []
         self._writes_to_live: int | None = None
         self._interruption: Callable[[], None] | None = None
         for method in ("apply", "create", "delete"):
@@ -71,15 +72,20 @@ class Api:
         return answer.status, json.loads(answer.data) if known else {"message": answer.data.decode()}
 
     def install(self, crd):
-        """Returns when the API server serves objects of the CRD's kind."""
+        """Returns when the API server serves objects of the CRD's kind, until the end of `with`."""
         assert self.ask("POST", CRDS, crd)[0] in (201, 409)
+        self._installed.append(crd["metadata"]["name"])
         group, plural = crd["spec"]["group"], crd["spec"]["names"]["plural"]
         path = f"/apis/{group}/v1/namespaces/default/{plural}"
         eventually(lambda: self.ask("GET", path)[0], lambda code: code == 200, "the CRD is served")
 
-    def remove(self, crd):
-        """Deletes the CRD, and all objects of its kind."""
-        self.ask("DELETE", f"{CRDS}/{crd['metadata']['name']}")
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Deletes what was installed, with all objects of these kinds."""
+        for name in self._installed:
+            self.ask("DELETE", f"{CRDS}/{name}")
 
     def reconcile_or_raise(self, name):
         """Reconciles once; returns the seconds after which it wants the next one."""

@@ -6,20 +6,17 @@ import copy
 
 import pytest
 
-from moe_operator.planner.drift import first_difference
 from moe_operator.render import frontend, inference_pool
-from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.inferencepool_crd import CRD
 from tests.operator.live import manifest
-from tests.operator.worlds import World, deployment
+from tests.operator.optional_kinds import come_and_go, kept, refusal, strictly, told_without_crds
+from tests.operator.worlds import deployment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 ASKED = {"inferencePool": {"endpointPicker": {"name": "picker"}}}
 PICKER = {"name": "picker", "port": 9003, "failureMode": "FailOpen"}
-POOLS = "/apis/inference.networking.k8s.io/v1/namespaces/default/inferencepools"
-POOL = Key("InferencePool", "docs-frontend")
 
 
 def pool(**picker):
@@ -52,18 +49,13 @@ def test_the_picker_is_the_one_that_the_user_names():
 
 
 def test_the_pool_comes_and_goes_as_the_spec_says_and_the_policies_stay():
-    world = World(deployment(frontend=ASKED, networkPolicy={"mode": "Restricted"}))
-    assert POOL in [key(one) for one in world.step().apply]
-    world.change(frontend={}, networkPolicy={"mode": "Restricted"})
-    assert [deletion.key for deletion in world.step().delete] == [POOL]
-    assert not world.step().delete
+    come_and_go(ASKED, [pool()], networkPolicy={"mode": "Restricted"})
 
 
 @pytest.fixture(scope="module")
 def api(api_server):
-    made = Api(api_server)
-    yield made
-    made.remove(CRD)
+    with Api(api_server) as made:
+        yield made
 
 
 @pytest.fixture
@@ -74,34 +66,18 @@ def pools(api):
 
 
 def test_a_cluster_without_the_extension_is_named_and_only_for_deployments_that_ask_for_a_pool(api):
-    for name, front in (("plain", {}), ("pooled", ASKED)):
-        assert api.ask("POST", COLLECTION, manifest(name, replicas=1, frontend=front))[0] == 201
-        api.reconcile(name)
+    said = told_without_crds(api, "pooled", ASKED)
+    assert "inferencepools/pooled-frontend; install the CRD of its kind" in said
+    assert api.ask("POST", COLLECTION, manifest("plain", replicas=1))[0] == 201
+    api.reconcile("plain")
     assert api.condition("plain", "Progressing")["reason"] != "ApplyRefused"
-    said = api.condition("pooled", "Progressing")
-    assert said["reason"] == "ApplyRefused"
-    assert "inferencepools/pooled-frontend; install the CRD of its kind" in said["message"]
-    assert api.cluster.get("Deployment", "default", "pooled-frontend"), "the rest is applied"
     for name in ("plain", "pooled"):
         api.clear(name)
 
 
-def test_the_api_server_takes_the_pool_as_it_is_and_the_operator_finds_no_drift(pools):
+def test_the_api_server_takes_the_pool_as_it_is_and_the_operator_keeps_it(pools):
     asked = {"inferencePool": {"endpointPicker": PICKER}}
-    assert pools.ask("POST", COLLECTION, manifest("docs", replicas=1, frontend=asked))[0] == 201
-    pools.reconcile("docs")
-    stored = pools.ask("GET", f"{POOLS}/docs-frontend")[1]
-    assert first_difference(pool(**PICKER)["spec"], stored["spec"]) is None
-    assert stored["spec"]["appProtocol"] == "http"
-    pools.reconcile("docs")
-    assert pools.reconcile("docs")[0] == 0, "it comes to rest"
-    pools.ask("PATCH", f"{POOLS}/docs-frontend", {"spec": {"targetPorts": [{"number": 1}]}})
-    pools.reconcile("docs")
-    assert pools.ask("GET", f"{POOLS}/docs-frontend")[1]["spec"]["targetPorts"] == [{"number": 8080}]
-    pools.ask("PATCH", f"{COLLECTION}/docs", {"spec": {"frontend": {"inferencePool": None}}})
-    pools.reconcile("docs")
-    assert pools.ask("GET", f"{POOLS}/docs-frontend")[0] == 404
-    pools.clear("docs")
+    kept(pools, asked, [pool(**PICKER)], {"targetPorts": [{"number": 1}]})
 
 
 @pytest.mark.parametrize(
@@ -118,8 +94,7 @@ def test_the_api_server_takes_the_pool_as_it_is_and_the_operator_finds_no_drift(
 def test_the_schema_has_teeth(pools, change, refused):
     body = copy.deepcopy(pool())
     change(body["spec"])
-    del body["metadata"]["ownerReferences"]
-    code, said = pools.ask("POST", f"{POOLS}?dryRun=All&fieldValidation=Strict", body)
+    code, said = strictly(pools, body)
     assert code == (422 if refused else 201), said
 
 
@@ -133,6 +108,4 @@ def test_the_schema_has_teeth(pools, change, refused):
     ],
 )
 def test_a_wrong_pool_is_refused_at_apply(api, front, sentence):
-    code, said = api.ask("POST", COLLECTION, manifest("wrong", frontend=front))
-    assert code == 422
-    assert sentence in said["message"]
+    assert sentence in refusal(api, front)
