@@ -15,6 +15,7 @@ from tests.worker.mesh_ranks import free_address
 pytest.importorskip("triton")
 
 from benchmarks.gpu_random import SMALL, RandomSource, config_of
+from moe_worker.config.mesh import MeshShape
 from moe_worker.mesh.dispatch import PlaceTable
 from moe_worker.mesh.fixed import FixedExchange, capacity_for
 from moe_worker.models.build import build_model
@@ -27,6 +28,7 @@ CASES = [
     ("1x2", ["dense", "w4a8", "overflow", "moved", "settled", "large", "uneven"]),
     ("2x1", ["dense", "w4a8", "uneven"]),
 ]
+FOUR_RANKS = [("2x2", ["dense", "w4a8", "uneven"]), ("1x4", ["dense", "w4a8", "uneven"])]
 
 
 def test_capacity_is_what_balanced_routing_needs_and_a_margin():
@@ -102,17 +104,17 @@ def test_a_layer_takes_other_experts_into_the_memory_of_its_own(number_format):
 
 
 def found_by_ranks(folder, mesh, cases, environment):
-    """What tests.worker.kernel_ranks finds in two processes."""
+    """What tests.worker.kernel_ranks finds in a process for each rank."""
     address, file = free_address(), folder / "found"
     command = [sys.executable, "-m", "tests.worker.kernel_ranks"]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), mesh, address, str(file), *cases], cwd=ROOT, env=os.environ | environment
         )
-        for rank in range(2)
+        for rank in range(MeshShape.parse(mesh).ranks)
     ]
     try:
-        assert [rank.wait(SECONDS) for rank in ranks] == [0, 0]
+        assert [rank.wait(SECONDS) for rank in ranks] == [0] * len(ranks)
     finally:
         for rank in ranks:
             rank.kill()
@@ -121,8 +123,8 @@ def found_by_ranks(folder, mesh, cases, environment):
 
 
 def check(found, mesh):
-    """In 1x2 each rank rounds its sum of experts to bf16 before they are added; 2x1 adds no rounding."""
-    limit = 0.02 if mesh == "1x2" else 0.0
+    """Each rank of a stage rounds its sum of experts to bf16 before they are added; 2x1 adds no rounding."""
+    limit = 0.0 if mesh == "2x1" else 0.02
     for case in found.values():
         assert all(worst <= limit for _, worst in case["differences"]), found
     if "moved" in found:
@@ -139,7 +141,7 @@ def check(found, mesh):
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize(("mesh", "cases"), CASES, ids=str)
+@pytest.mark.parametrize(("mesh", "cases"), CASES + FOUR_RANKS, ids=str)
 def test_a_mesh_computes_what_one_process_computes(tmp_path, mesh, cases):
     """Prompts, mixed steps, decode steps, and shards without tokens; engines one and two steps ahead."""
     check(found_by_ranks(tmp_path, mesh, cases, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}), mesh)
