@@ -28,6 +28,7 @@ GROUPS, SPARSE_GROUPS = 8, 64
 _BLOCK = 16
 _ALIGNMENT = 64
 _HUGE_PAGE = 1 << 21
+_SHARED = 4  # huge pages
 _MADV_HUGEPAGE = 14  # the module mmap has it on Linux only
 
 
@@ -217,7 +218,10 @@ def pack(
 
 
 class _SmallParts:
-    """Memory for weights smaller than a huge page, which share one: it lives as long as any of them."""
+    """Memory for weights smaller than a huge page, which share several: they live as long as any of them.
+
+    In one page alone, each of 1 to 2 MB would leave the rest of it unused.
+    """
 
     def __init__(self) -> None:
         self._lock, self._rest = Lock(), torch.empty(0, dtype=torch.uint8)
@@ -226,7 +230,7 @@ class _SmallParts:
         whole = size + -size % _ALIGNMENT
         with self._lock:
             if whole > len(self._rest):
-                self._rest = _huge_pages(_HUGE_PAGE)
+                self._rest = _huge_pages(_SHARED * _HUGE_PAGE)
             part, self._rest = self._rest[:size], self._rest[whole:]
         return part
 
