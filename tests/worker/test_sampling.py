@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from moe_worker.kernels.draw import BLOCK, Truncation, exponentials, mass_threshold, masses
+from moe_worker.kernels.randomness import exponential, mix, signed
 from moe_worker.sampling import batch as batches
 from moe_worker.sampling.adjust import TokenCounts
-from moe_worker.sampling.draw import BLOCK, Truncation, exponentials, mass_threshold, masses
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.sampling.randomness import exponential, mix, signed
 from moe_worker.sampling.sampler import Sampler
 from tests.worker.sampling_cases import CPU, counted, probabilities, sampled, tokens_of
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
-from moe_worker.sampling.draw import exponentials, mass_threshold
+from moe_worker.kernels.draw import exponentials, mass_threshold
+from moe_worker.kernels.randomness import exponential, mix, signed
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.sampling.randomness import exponential, mix, signed
 from moe_worker.sampling.sampler import Sampler
 from tests.worker.sampling_cases import counted, probabilities, sampled, tokens_of
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, exponentials, lanes
+from moe_worker.kernels.randomness import mix, signed
 from moe_worker.sampling.adjust import Biases, Penalties, TokenCounts, to_device
-from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, exponentials, lanes
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.sampling.randomness import mix, signed
 
 # Rows are sampled in parts of at most this many logits: larger ones take gigabytes with large vocabularies.
 PART_LOGITS = 2**24

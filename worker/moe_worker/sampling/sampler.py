@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.draw import draw, masses
 from moe_worker.kernels.likeliest import Likeliest, likeliest
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Row, SamplingBatch, build
-from moe_worker.sampling.draw import draw, masses
 from moe_worker.sampling.guides import Allowed
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters

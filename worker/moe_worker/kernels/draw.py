@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_worker.sampling.randomness import GOLDEN, LAST_SHIFT, ROUNDS, UNIFORM_BITS, signed
+from moe_worker.kernels.randomness import GOLDEN, LAST_SHIFT, ROUNDS, UNIFORM_BITS, signed
 
 # Masses are likelihoods, of which the largest is 1, in steps of 1 / UNIT.
 UNIT = 2.0**40
