@@ -1,7 +1,8 @@
 """Decode and prefill of the engine on a GPU, with vLLM as the baseline; one shape, context 512.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
-        [--tokens 128] [--rounds 5] [--temperature 1] [--profile] [--launches] [--host] [--json]
+        [--tokens 128] [--rounds 5] [--temperature 1 [--top-p 0.95] [--top-k 50]] [--profile] [--launches]
+        [--host] [--json]
 
 Needs torch, triton, numpy, safetensors, tokenizers and tqdm; with nvidia-ml-py it reports tokens per joule of
 the whole card, too. Weights are random, so only speed is compared. A
@@ -50,6 +51,7 @@ PAGE = 16
 CONTEXT = 512
 PREFILL_SEQUENCES = 64
 KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8", "s14": "s14"}
 
 
@@ -68,6 +70,8 @@ def main() -> None:
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--same-prompt", action="store_true", help="identical prompts: few activated experts")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -116,7 +120,9 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
         measured = [decode_rate(bench, batch, args) for _ in range(args.rounds)]
         rate, active = (statistics.median(each) for each in list(zip(*measured, strict=True))[:2])
         baseline = None if args.same_prompt else BASELINES[BASELINE_OF[name]].get(batch)
-        how = f", temperature {args.temperature:g}" if args.temperature else ""
+        how = "".join(
+            f", {name} {getattr(args, name):g}" for name in GREEDY if getattr(args, name) != GREEDY[name]
+        )
         yield row(f"decode {name}, batch {batch}, {active:.0f} activated experts{how}", rate, baseline)
         yield from efficiency(
             f"decode {name}, batch {batch}", [(each.tokens, each.joules) for each in measured]
@@ -146,12 +152,10 @@ def row(what: str, ours: float, baseline: float | None, unit: str = "tokens/s") 
     }
 
 
-def submitted(
-    bench: Bench, count: int, tokens: int, same: bool = False, temperature: float = 0.0
-) -> EngineCore:
+def submitted(bench: Bench, count: int, tokens: int, same: bool = False, **chosen: Any) -> EngineCore:
     """An engine with `count` random prompts of CONTEXT tokens, or the same one for all."""
     core, generator = EngineCore(bench.loaded, bench.options), torch.Generator().manual_seed(0)
-    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True, temperature=temperature)
+    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True, **chosen)
     for number in range(count):
         if number == 0 or not same:
             prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
@@ -190,7 +194,8 @@ def efficiency(what: str, used: Sequence[tuple[int, float]]) -> Iterator[dict[st
 
 def decoding(bench: Bench, batch: int, args: argparse.Namespace) -> EngineCore:
     """An engine whose streams all have their first token."""
-    core, seen = submitted(bench, batch, args.tokens, args.same_prompt, args.temperature), set[int]()
+    chosen = {name: getattr(args, name) for name in GREEDY}
+    core, seen = submitted(bench, batch, args.tokens, args.same_prompt, **chosen), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
     return core

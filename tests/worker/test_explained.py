@@ -12,6 +12,8 @@ from moe_worker.kernels import registry
 from moe_worker.kernels.cpu import build, library
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch, Segment
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.sampling.sampler import Sampler
 from tests.checkpoints import write_checkpoint
 
 try:
@@ -51,9 +53,13 @@ def test_every_named_function_runs(tmp_path, family, number_format):
     loaded = load(checkpoint, options, progress=False)
     cache = PagedCache.allocate(loaded.cache.shape, 4, loaded.device)
 
+    sampler = Sampler(loaded.config.vocab_size, loaded.device, ())
+    sampler.admit(0, SamplingParameters(temperature=1.0), 0, ())
+
     @torch.inference_mode()
     def step():
-        loaded.runner.logits(Batch.of([Segment([5, 6, 7], 0, [0])], cache), cache, [2])
+        logits = loaded.runner.logits(Batch.of([Segment([5, 6, 7], 0, [0])], cache), cache, [2])
+        sampler.sample(logits, [0])
 
     found = called(step)
     lines = explain_choice(checkpoint, options)[1:]
@@ -81,6 +87,6 @@ def test_operations_of_a_stage_that_is_not_fused_are_said(tmp_path):
     def step():
         model.next_logits(Batch.of([Segment([5, 6, 7], 0, [0])], cache), cache, [2])
 
-    found = called(step) | {"mesh.dispatch.AllToAllDispatch.scatter"}
+    found = called(step) | {"mesh.dispatch.AllToAllDispatch.scatter", "kernels.draw.draw_plain"}
     for line in explain_choice(checkpoint, replace(options, mesh="1x2"))[1:]:
         assert line.split(": ")[1].split(" (")[0].split(", ")[1] in found, line

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 KERNELS, ENGINE, W4A8 = "triton_kernels", "cuda_engine", "one_w4a8"
-EXCHANGE, OFFLOAD = "exchange_kernels", "kv_offload"
+EXCHANGE, OFFLOAD, DRAW = "exchange_kernels", "kv_offload", "draw"
 CHOSEN = {
     KERNELS: (
         "(not_numbers and (20 or nan)) or nobody or norm or emulated_rounding or order or widened"
@@ -28,6 +28,7 @@ CHOSEN = {
     ENGINE: "nobody or counted",
     W4A8: "plain_torch and False",
     EXCHANGE: "reaches or told",
+    DRAW: "reference and 1.0-dtype0-9001 or fail",
 }
 """Words that choose tests of each file. They run in one process: to import and collect takes it 3.5 s."""
 SLOW = {
@@ -41,6 +42,7 @@ SLOW = {
     "captured passes": {ENGINE: "captured_passes"},
     "sparse layers": {ENGINE: "sparse_layers"},
     "few tokens": {ENGINE: "decode and whole"},
+    "draws": {DRAW: "reference or ties or batch or truncation"},
     "wide w4a8": {W4A8: "plain_torch and True"},
 }
 

@@ -17,8 +17,8 @@ below 2^-40 of the largest counts as 0.
 Truncation is one threshold a row: with likelihoods relative to the largest, top-k, top-p and min-p each keep
 all tokens at or above a value, so the largest of the three values is the threshold and nothing is sorted.
 
-Legend: S rows that sample, V vocabulary, N blocks, C = N * 256 places of tokens, K the largest top-k among
-rows, L lanes of noise, D digits (1024).
+Legend: B rows of the batch, S rows that sample, V vocabulary, N blocks, C = N * 256 places of tokens, K the
+largest top-k among rows, L lanes of noise, D digits (1024).
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.randomness import GOLDEN, LAST_SHIFT, ROUNDS, UNIFORM_BITS, signed
 
 # Masses are likelihoods, of which the largest is 1, in steps of 1 / UNIT.
@@ -40,6 +41,9 @@ DIGIT_SHIFTS = (20, 10, 0)
 # The mass of its exponential is 0. On a CPU, torch takes 30 times as long for the exponential of -inf, which
 # refused tokens have.
 SURELY_ZERO = -64.0
+# Noise of so many steps, or so many numbers of it, is computed together.
+BLOCK_STEPS = 32
+BLOCK_NUMBERS = 2**15
 # Float32 has no reciprocal for smaller temperatures, and devices may take them as 0.
 MIN_TEMPERATURE = 1e-30
 
@@ -48,15 +52,70 @@ MIN_TEMPERATURE = 1e-30
 class Truncation:
     """Truncation of the distributions; a field is None if no row needs it.
 
-    top_k_S1: int64, 0 for all. largest_top_k: of all rows. top_p_S1: float64, 1 for all. min_p_S1: float32.
+    top_k_S1: int64, 0 for all. largest_top_k: of all rows. top_p_S1: float64, 1 for all.
     short: every row with a top_p below 1 has a top_k of at most SHORT_TOP_K, too.
+    min_mass_S1: float32, the least mass that min-p keeps.
+    limits_S3: float64, all three of each row, if any has top-k or top-p.
     """
 
     top_k_S1: Tensor | None = None
     largest_top_k: int = 0
     top_p_S1: Tensor | None = None
     short: bool = False
-    min_p_S1: Tensor | None = None
+    min_mass_S1: Tensor | None = None
+    limits_S3: Tensor | None = None
+
+
+@dataclass
+class Sampling:
+    """Some of the rows that sample: int64 rows_S, float32 temperatures_S1.
+
+    states_S1, indices_S1: int64, the state of each seed, and the index of the row's next token at step 0.
+    """
+
+    rows_S: Tensor
+    temperatures_S1: Tensor
+    states_S1: Tensor
+    indices_S1: Tensor
+    keep: Truncation
+    _block: tuple[Tensor, ...] = ()
+
+    def noise(self, step: int, count: int) -> Tensor:
+        """The first `count` random numbers (float64 [S, L]) of step `step`.
+
+        Those of several steps are computed at once: this takes about 20 operations for any count.
+        """
+        steps = max(1, min(BLOCK_STEPS, BLOCK_NUMBERS // (self.states_S1.shape[0] * count)))
+        start = step % steps
+        if start == 0 or not self._block:
+            first = step - start
+            steps_K11 = torch.arange(first, first + steps, device=self.states_S1.device).view(-1, 1, 1)
+            self._block = exponentials(self.states_S1, self.indices_S1 + steps_K11, count).unbind()
+        return self._block[start]
+
+
+def draw_rows(scores_BV: Tensor, best: Likeliest, part: Sampling, step: int, out_B: Tensor) -> None:
+    """Writes a token of each row of `part` to `out_B`, int64, which is 0 where rows fail and stays so.
+
+    best: of all rows. step: of the batch. The scores can be of any floating dtype.
+    """
+    if scores_BV.is_cuda:
+        # Triton exists where torch has CUDA, and takes seconds to import.
+        from moe_worker.kernels.triton.draw import draw_tokens  # noqa: PLC0415
+
+        draw_tokens(scores_BV, best, part, step, out_B)
+    else:
+        draw_plain(scores_BV, best, part, step, out_B)
+
+
+def draw_plain(scores_BV: Tensor, best: Likeliest, part: Sampling, step: int, out_B: Tensor) -> None:
+    """The reference of `draw_rows`, in plain torch on any device."""
+    rows_S, vocab_size = part.rows_S, scores_BV.shape[1]
+    whole = rows_S.shape[0] == scores_BV.shape[0]
+    scores_SV = (scores_BV if whole else scores_BV.index_select(0, rows_S)).float()
+    masses_SC = masses(scores_SV, best.peaks_B[rows_S].unsqueeze(1), part.temperatures_S1, part.keep)
+    out_B.index_copy_(0, rows_S, draw(masses_SC, part.noise(step, lanes(vocab_size)), vocab_size))
+    out_B.masked_fill_(best.failed_B, 0)
 
 
 def lanes(vocab_size: int) -> int:
@@ -110,7 +169,7 @@ def _threshold(masses_SC: Tensor, keep: Truncation) -> Tensor | None:
     kth_S1 = largest_SK = None
     if keep.top_k_S1 is not None:
         kth_S1, largest_SK = _kth(masses_SC, keep.top_k_S1, keep.largest_top_k)
-    parts = [kth_S1, None if keep.min_p_S1 is None else (keep.min_p_S1 * UNIT).floor()]
+    parts = [kth_S1, keep.min_mass_S1]
     if keep.top_p_S1 is not None:
         parts.append(_nucleus(masses_SC, keep.top_p_S1, keep.short, kth_S1, largest_SK))
     given = [part for part in parts if part is not None]

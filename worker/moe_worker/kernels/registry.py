@@ -1,15 +1,15 @@
 """Selects the implementation of each operation, with a reason.
 
 The operations of a layer are selected together, as the choice for "pass": kernels for a single operation
-would need the weight layouts of all others. Every line names the function that runs; a test watches forward
-passes.
+would need the weight layouts of all others. "sampling" follows a pass, and depends on the device alone. Every
+line names the function that runs; a test watches forward passes.
 """
 
 from dataclasses import dataclass
 
 from moe_worker.kernels.cpu import build, library
 
-OPERATIONS = ("linear", "attention", "router", "dispatch", "experts", "norm", "pass")
+OPERATIONS = ("linear", "attention", "router", "dispatch", "experts", "norm", "pass", "sampling")
 FORMATS = ("fp32", "bf16", "w4a16", "w4a8", "fp8")
 REFERENCE, TRITON = "reference", "triton"
 
@@ -53,6 +53,11 @@ class KernelChoice:
 _DENSE = ("fp32", "bf16")
 # (format, device) with kernels for a whole forward pass; everything else is computed by the reference.
 _KERNELS = frozenset({("w4a8", "cpu"), *((each, "cuda") for each in ("bf16", "fp8", "w4a16", "w4a8"))})
+# Where temperature is above 0; otherwise the likeliest token is searched for (kernels.likeliest).
+_SAMPLING = {
+    "cpu": (REFERENCE, "kernels.draw.draw_plain", "there are no kernels for it on cpu"),
+    "cuda": (TRITON, "kernels.triton.draw.draw_tokens", "this is a CUDA device"),
+}
 _LOCAL, _SPREAD = "moe.dispatch.LocalDispatch.scatter", "mesh.dispatch.AllToAllDispatch.scatter"
 _FIXED = "mesh.fixed.FixedExchange.scatter"
 _REFERENCE = {
@@ -109,6 +114,9 @@ def probe_cpu() -> Hardware:
 
 def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoice:
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
+    if operation == "sampling":
+        implementation, function, reason = _SAMPLING[hardware.device]
+        return KernelChoice(operation, number_format, implementation, function, reason)
     implementation, reason = _implementation(number_format, hardware)
     function = _functions(number_format, implementation, hardware)[operation]
     if operation == "dispatch" and hardware.ranks > 1:

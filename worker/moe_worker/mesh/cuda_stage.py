@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_worker.kernels.transfer import make_current, to_device
-from moe_worker.kernels.triton import compiling
+from moe_worker.kernels.triton import compiling, draw
 from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
 from moe_worker.kernels.triton.norm import Added, Rounding
 from moe_worker.kvcache.paged import PagedCache
@@ -91,6 +91,8 @@ class CudaStage:
             self._warm(tokens)
         self.graphs.compile()
         self.prompts.compile()
+        if self._stage.first:  # the leader samples
+            draw.warm(self.vocabulary, self.logits_dtype, self.device)
 
     @property
     def stage(self) -> Stage:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
-from moe_worker.kernels.triton import compiling
+from moe_worker.kernels.triton import compiling, draw
 from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
-from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
@@ -61,7 +60,7 @@ class CudaRunner:
         for tokens in sizes:
             self._warm(tokens)
         self.graphs.totals.add()
-        best_tokens(self.graphs.logits_BV[:1].float())
+        draw.warm(self._model.vocabulary, self.graphs.logits_BV.dtype, self._model.device)
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""

@@ -7,19 +7,20 @@ log-probabilities.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from moe_worker.kernels.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, exponentials, lanes
+from moe_worker.kernels.draw import MIN_TEMPERATURE, SHORT_TOP_K, UNIT, Sampling, Truncation
 from moe_worker.kernels.randomness import mix, signed
 from moe_worker.sampling.adjust import Biases, Penalties, TokenCounts, to_device
 from moe_worker.sampling.parameters import SamplingParameters
 
 # Rows are sampled in parts of at most this many logits: larger ones take gigabytes with large vocabularies.
 PART_LOGITS = 2**24
-BLOCK_STEPS = 32
-BLOCK_NUMBERS = 2**15
+# The kernels of a GPU need at most one more float32 for each logit.
+GPU_PART_LOGITS = 2**27
 ALWAYS = 2**62
 
 
@@ -32,41 +33,6 @@ class Row:
     generated: int
     ends: frozenset[int]
     counted: int | None = None
-
-
-@dataclass
-class Sampling:
-    """Some of the rows that sample: int64 rows_S, float32 temperatures_S1.
-
-    states_S1, indices_S1: int64, the state of each seed, and the index of the row's next token at step 0.
-    """
-
-    rows_S: Tensor
-    temperatures_S1: Tensor
-    states_S1: Tensor
-    indices_S1: Tensor
-    keep: Truncation
-    lanes: int
-    _block: tuple[Tensor, ...] = ()
-
-    def noise(self, step: int) -> Tensor:
-        """The random numbers (float64 [S, N]) of step `step`, computed for several steps at once.
-
-        This takes about 20 kernels for any count: a GPU pays for each launch, a CPU for each number.
-        """
-        start = step % self.steps
-        if start == 0 or not self._block:
-            first = step - start
-            steps_K11 = torch.arange(first, first + self.steps, device=self.states_S1.device).view(-1, 1, 1)
-            self._block = exponentials(self.states_S1, self.indices_S1 + steps_K11, self.lanes).unbind()
-        return self._block[start]
-
-    @property
-    def steps(self) -> int:
-        """Steps whose numbers are computed together."""
-        if self.states_S1.is_cuda:
-            return BLOCK_STEPS
-        return max(1, min(BLOCK_STEPS, BLOCK_NUMBERS // (self.states_S1.shape[0] * self.lanes)))
 
 
 @dataclass
@@ -152,8 +118,11 @@ def _waits(rows: Sequence[Row]) -> list[tuple[int, int, float, int]]:
 
 def _sampling(rows: Sequence[Row], vocab_size: int, device: torch.device) -> tuple[Sampling, ...]:
     numbers = [number for number, row in enumerate(rows) if row.parameters.temperature > 0]
-    size = max(1, PART_LOGITS // vocab_size)
-    parts = (numbers[start : start + size] for start in range(0, len(numbers), size))
+    groups: tuple[list[int], list[int]] = [], []  # rows without top-k and top-p do not pay for others
+    for number in numbers:
+        groups[rows[number].parameters.truncates].append(number)
+    size = max(1, (GPU_PART_LOGITS if device.type == "cuda" else PART_LOGITS) // vocab_size)
+    parts = (group[start : start + size] for group in groups for start in range(0, len(group), size))
     return tuple(_part(part, [rows[number] for number in part], vocab_size, device) for part in parts)
 
 
@@ -165,7 +134,6 @@ def _part(numbers: list[int], rows: list[Row], vocab_size: int, device: torch.de
         to_device((signed(mix(row.seed)) for row in rows), torch.int64, device).unsqueeze(1),
         to_device((row.generated for row in rows), torch.int64, device).unsqueeze(1),
         truncation([row.parameters for row in rows], vocab_size, device),
-        lanes(vocab_size),
     )
 
 
@@ -174,8 +142,11 @@ def truncation(parameters: Sequence[SamplingParameters], vocab_size: int, device
     # A top-k of the whole vocabulary keeps all tokens, as 0 does.
     top_k = [given.top_k if given.top_k < vocab_size else 0 for given in parameters]
     top_p = [given.top_p for given in parameters]
-    min_p = [given.min_p for given in parameters]
+    min_p = torch.tensor([given.min_p for given in parameters], dtype=torch.float32)
+    min_mass = min_p.mul_(UNIT).floor_().tolist()
     shorts = (0 < k <= SHORT_TOP_K for k, p in zip(top_k, top_p, strict=True) if p < 1)
+    limits = chain.from_iterable(zip(top_k, top_p, min_mass, strict=True))
+    truncates = any(top_k) or min(top_p) < 1
 
     def column(values: Sequence[float], dtype: torch.dtype, *, needed: bool) -> Tensor | None:
         return to_device(values, dtype, device).unsqueeze(1) if needed else None
@@ -185,5 +156,6 @@ def truncation(parameters: Sequence[SamplingParameters], vocab_size: int, device
         largest_top_k=max(top_k, default=0),
         top_p_S1=column(top_p, torch.float64, needed=min(top_p) < 1),
         short=all(shorts) and max(top_k, default=0) <= SHORT_TOP_K,
-        min_p_S1=column(min_p, torch.float32, needed=any(min_p)),
+        min_mass_S1=column(min_mass, torch.float32, needed=any(min_mass)),
+        limits_S3=to_device(limits, torch.float64, device).view(-1, 3) if truncates else None,
     )

@@ -86,6 +86,11 @@ class SamplingParameters:
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leave out tokens."""
+        return self.top_k > 0 or self.top_p < 1
+
     def end_tokens(self, model_ends: Iterable[int]) -> frozenset[int]:
         """Tokens that end the text; `model_ends` are the model's end-of-text tokens."""
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else model_ends)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_worker.kernels.draw import draw, masses
+from moe_worker.kernels.draw import draw_rows
 from moe_worker.kernels.likeliest import Likeliest, likeliest
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Row, SamplingBatch, build
@@ -164,25 +164,18 @@ def sample(
 
     known: the likeliest of `logits_BV`, if they are known; the result keeps none of its tokens' memory.
     """
-    scores_BV = logits_BV.float()
+    # On a GPU, the kernels take any dtype.
+    scores_BV = logits_BV if logits_BV.is_cuda else logits_BV.float()
     if batch.adjusts:
-        scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
+        scores_BV, known = logits_BV.to(torch.float32, copy=True), None
         batch.adjust(scores_BV)
-        known = None
     if allowed is not None:
         scores_BV, known = allowed.masked(scores_BV), None
-    tokens_B, peaks_B, failed_B = likeliest(scores_BV) if known is None else known
-    if known is not None or batch.sampling:
-        tokens_B = tokens_B.clone()
+    best = likeliest(scores_BV) if known is None else known
+    tokens_B = best.tokens_B if known is None else best.tokens_B.clone()
     for part in batch.sampling:
-        rows_S = part.rows_S
-        whole = rows_S.shape[0] == scores_BV.shape[0]
-        scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
-        masses_SC = masses(scores_SV, peaks_B[rows_S].unsqueeze(1), part.temperatures_S1, part.keep)
-        tokens_B.index_copy_(0, rows_S, draw(masses_SC, part.noise(batch.step), scores_SV.shape[1]))
-    if batch.sampling:
-        tokens_B.masked_fill_(failed_B, 0)
-    return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
+        draw_rows(scores_BV, best, part, batch.step, tokens_B)
+    return Sampled(tokens_B, best.failed_B, _logprobs(logits_BV, tokens_B, batch))
 
 
 def with_drawn(sampled: Sampled | None, drawn_D: Tensor, rows: Sequence[int]) -> Sampled:
