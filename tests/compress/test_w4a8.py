@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_worker.compress.w4a8 import Int4Trainer, pack_weight, round_tokens, round_weight
+from benchmarks.gpu_random import SMALL, RandomSource, config_of
+from moe_worker.compress.w4a8 import Int4Trainer, pack_weight, round_heads, round_tokens, round_weight
+from moe_worker.models.attention_build import latent_attention
 from moe_worker.quant.int4 import quantize_int4, search_scales
 from moe_worker.quant.int8 import piece_of, round_pieces
 
@@ -48,6 +50,23 @@ def test_tokens_are_rounded_as_they_will_be_served(tokens, width, seed):
     torch.testing.assert_close(rounded[0], truth, atol=1e-6, rtol=1e-5)
     rounded.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_w_uk_and_w_uv_are_rounded_as_they_will_be_served(monkeypatch):
+    config = config_of(SMALL)
+    latent, source = config.latent, RandomSource(torch.device("cpu"), torch.float32, "w4a8")
+    heads, plain = latent.num_attention_heads, latent.qk_nope_head_dim
+    weight = random((heads * (plain + latent.v_head_dim), latent.kv_lora_rank), 0).bfloat16().float()
+    take = source.take
+    monkeypatch.setattr(source, "take", lambda name, *shape: weight if "kv_b" in name else take(name, *shape))
+    served = latent_attention(latent, config.hidden_size, source, "layer")
+    weight.requires_grad_()
+    trained = round_heads(weight, heads, plain)
+    trained.sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    key, value = trained.detach().unflatten(0, (heads, -1)).tensor_split([plain], dim=1)
+    assert torch.equal(served.key_HNR, key)
+    assert torch.equal(served.value_HRV, value.transpose(1, 2))
 
 
 def test_clipped_weights_get_no_gradient_and_their_scale_gets_it_instead():

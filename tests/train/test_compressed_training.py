@@ -91,8 +91,11 @@ def test_sparse_four_bits_are_packed_as_s14(run_settings):
     parts = {name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)}
     weight = sparse14.from_tensors(parts, 64, 64)
     with torch.no_grad():
-        trained = run.learner.effective()["layers.1.self_attn.o_proj.weight"]
-    assert torch.equal(weight.dequantize(torch.float32), trained)
+        trained = run.learner.effective()
+    assert torch.equal(weight.dequantize(torch.float32), trained["layers.1.self_attn.o_proj.weight"])
+    expansion = "layers.1.self_attn.kv_b_proj.weight"
+    assert torch.equal(tensors[f"model.{expansion}"].float(), trained[expansion])
+    assert not torch.equal(trained[expansion], run.learner.model.get_parameter(expansion))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from moe_worker.kernels.cpu import build, library, operations, structs
 from moe_worker.kernels.cpu.operations import PagedRows
 from moe_worker.kernels.cpu.weights import aligned_bytes, pack_heads, pack_int4
 from moe_worker.kernels.reference import rms_norm, swiglu
-from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_bf16, linear_w4a8
+from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_w4a8, linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4
 from moe_worker.quant.int8 import quantize_pieces
 
@@ -191,9 +191,22 @@ def test_experts(variant, tokens, width, inner, count, per_token, group):
 def test_heads(variant, tokens, count, inputs, outputs):
     x, weight = random(tokens, count, inputs), random(count, outputs, inputs, seed=1)
     ours = operations.heads(kernels(variant), x, pack_heads(weight))
-    close(ours, heads_bf16(x, weight))
+    close(ours, heads_w4a8(x, weight))
     alone = operations.heads(kernels(variant), x[-1:].contiguous(), pack_heads(weight))
     assert torch.equal(alone[0], ours[-1])
+
+
+@every_variant
+def test_heads_of_more_tokens_than_are_taken_at_once(variant):
+    """And a weight of each size that int8 has, a scale of each size, and a token that is not finite."""
+    weight = (torch.arange(255.0) - 127).expand(2, 20, 255) * 2.0 ** torch.arange(-10.0, 10).unsqueeze(1)
+    x = random(300, 2, 255)
+    x[140, 0, 3] = math.nan
+    ours, truth = operations.heads(kernels(variant), x, pack_heads(weight)), heads_w4a8(x, weight)
+    assert ours[140, 0].isnan().all()
+    ours[140, 0] = truth[140, 0] = 0
+    for output in range(20):
+        close(ours[..., output], truth[..., output])
 
 
 @every_variant

@@ -141,8 +141,9 @@ def test_packed_weights_are_what_they_stand_for(packed, weights, caplog):
 def test_groups_that_the_cpu_kernels_do_not_take_are_multiplied_by_the_reference(dense, tmp_path):
     directory, expected = write_packed(dense, tmp_path, 4, symmetric=True)
     actual = moe_worker.Engine(directory, format="w4a8", threads=1).logits(IDS)
-    both = torch.stack((actual.flatten(), expected.flatten()))  # which rounds no activations
-    assert torch.corrcoef(both)[0, 1] > 0.97
+    # That rounds no activations, and not W_UK and W_UV. In random weights a few tokens choose other experts.
+    both = torch.stack((actual.flatten(), expected.flatten()))
+    assert torch.corrcoef(both)[0, 1] > 0.93
     lines = explain_choice(directory, EngineOptions(device="cpu", format="w4a8"))
     assert "the CPU kernels take groups of multiples of 8 inputs, not of 4" in "\n".join(lines)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from moe_worker.kernels.cpu import build, library
+from moe_worker.models import attention_build, mla
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import ModelRunner
 from moe_worker.quant import int8
-from tests.loud import CPU, DIVERGED, TOLERANCE, LoudSource, difference, model, plain_logits, run
+from tests.loud import CPU, DIVERGED, TOLERANCE, difference, model, plain_logits, run
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +39,28 @@ def test_pieces_cut_in_any_other_way_would_show(piece, expected, monkeypatch):
     assert difference(plain_logits(), expected) > DIVERGED
 
 
-def test_kv_b_in_int8_would_show(expected, monkeypatch):
-    """As the CPU kernels once had it: one scale a head and output row."""
-    take = LoudSource.take
-
-    def rounded(self, name, *shape, dtype=None):
-        values, latent = take(self, name, *shape, dtype=dtype), self.config.latent
-        if "kv_b_proj" in name:
-            heads = values.view(latent.num_attention_heads, -1, latent.kv_lora_rank)
-            key, value = heads.tensor_split([latent.qk_nope_head_dim], dim=1)
-            for part, axis in ((key, 1), (value, 2)):  # W_UK is multiplied transposed
-                scale = part.abs().amax(dim=axis, keepdim=True) / 127
-                part.copy_((part / scale).round() * scale)
-        return values
-
-    monkeypatch.setattr(LoudSource, "take", rounded)
+@pytest.mark.parametrize("axes", [{1: 2}, {1: (0, 1)}], ids=["rows of kv_b_proj", "all heads"])
+def test_scales_of_w_uk_and_w_uv_for_anything_else_would_show(axes, expected, monkeypatch):
+    monkeypatch.setattr(attention_build, "round_columns", lambda x, axis: shared(x, axes[axis]))
     assert difference(plain_logits(), expected) > DIVERGED
+
+
+def shared(weight, axis):
+    """int8 with one scale for all along `axis`."""
+    scales = weight.abs().amax(dim=axis, keepdim=True) / 127
+    return (weight / scales).round() * scales
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (attention_build, "round_columns", lambda x, _: x),
+        (attention_build, "round_columns", lambda x, _: x.bfloat16().float()),
+        (attention_build, "round_columns", shared),
+        (mla.LatentAttention, "_rounded", lambda _, x: x),
+    ],
+    ids=["weights not rounded", "bfloat16", "scales that are no powers of two", "inputs not rounded"],
+)
+def test_other_roundings_of_w_uk_and_w_uv_would_show(change, expected, monkeypatch):
+    monkeypatch.setattr(*change)
+    assert difference(plain_logits(), expected) > 50 * TOLERANCE["cpu"]

@@ -9,7 +9,7 @@ from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant import pieces
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4, unpack
-from moe_worker.quant.int8 import quantize_pieces, round_pieces
+from moe_worker.quant.int8 import quantize_columns, quantize_pieces, round_columns, round_pieces
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -144,3 +144,26 @@ def test_a_block_of_zeros_in_fp8_has_scale_one():
     rounded = quantize_fp8(torch.zeros(3, 130))
     assert not rounded.dequantize().any()
     assert (rounded.scales_OC == 1).all()
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 40), st.integers(-20, 20))
+def test_powers_of_two_are_the_least_that_hold_a_column_and_bfloat16_holds_the_products(seed, rows, n, size):
+    weight = normal(seed, rows, n).mul_(2.0**size)
+    values, scales = quantize_columns(weight, 1)
+    assert torch.equal(scales.log2(), scales.log2().round())
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    assert (largest <= 127 * scales).all()
+    assert (largest > 63.5 * scales).all()
+    rounded = round_columns(weight, 1)
+    assert torch.equal(rounded, values * scales)
+    assert ((rounded - weight).abs() <= scales / 2).all()
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert torch.equal(rounded, round_columns(rounded, 1))
+
+
+def test_columns_of_zeros_stay_and_what_is_not_finite_does_too():
+    weight = torch.tensor([[0.0, 0.0, 127.0], [0.0, -0.0, -3.0], [0.0, 0.0, 1.0]])
+    assert torch.equal(round_columns(weight, 0), weight)
+    weight[1, 0], weight[2, 1] = float("nan"), float("inf")
+    assert round_columns(weight, 0).isfinite().all(dim=0).tolist() == [False, False, True]
+    assert round_columns(torch.tensor([[3e38], [1e-40]]), 1).isfinite().all()

@@ -1,4 +1,4 @@
-"""Quantization-aware training: int4 weights in groups, int8 activations in pieces, straight-through.
+"""Quantization-aware training: int4 weights, int8 activations, int8 W_UK and W_UV, straight-through.
 
 The forward pass rounds numbers exactly as they will be stored and multiplied. In the backward pass, rounding
 is the identity within the range and has no gradient outside it (the straight-through estimator, Bengio et
@@ -6,7 +6,7 @@ al., arXiv 1308.3432). The range of each group is initialized by a search for th
 learned from then on (Esser et al., arXiv 1902.08153). Repeating the search during training was tried: when
 the range of a group changed at once, all its weights did, and training ended worse than plain rounding.
 
-Legend: O outputs, I inputs, G groups of inputs; leading axes (experts) are allowed.
+Legend: O outputs, I inputs, G groups of inputs, R latent rank; leading axes (experts) are allowed.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_worker.quant.int4 import GROUP, HIGHEST, Int4Weight, cut_groups, pack, round_values, search_scales
-from moe_worker.quant.int8 import round_pieces
+from moe_worker.quant.int8 import round_columns, round_pieces
 
 # Scales are rounded to what a checkpoint stores before weights are rounded by them: what was trained is
 # what is served, to the bit.
@@ -27,6 +27,14 @@ def round_tokens(x: Tensor, piece: int) -> Tensor:
     with torch.no_grad():
         rounded = round_pieces(x, piece).to(x.dtype)
     return x + (rounded - x).detach()
+
+
+def round_heads(weight_OR: Tensor, heads: int, plain: int) -> Tensor:
+    """kv_b_proj rounded as W_UK (the first `plain` rows of a head) and W_UV; gradients go to it."""
+    with torch.no_grad():
+        key_HNR, value_HVR = weight_OR.unflatten(0, (heads, -1)).tensor_split([plain], dim=1)
+        rounded_HOR = torch.cat((round_columns(key_HNR, 1), round_columns(value_HVR, 2)), dim=1)
+    return weight_OR + (rounded_HOR.flatten(0, 1) - weight_OR).detach()
 
 
 def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:

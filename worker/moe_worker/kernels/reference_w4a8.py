@@ -36,6 +36,9 @@ def experts_w4a8(
     return out_TD
 
 
-def heads_bf16(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
-    """One projection a head; weights rounded to bfloat16, x not rounded: float32 [T, H, O]."""
-    return torch.einsum("thi,hoi->tho", x_THI.float(), weight_HOI.bfloat16().float())
+def heads_w4a8(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
+    """One projection a head: int8 weights with a power of two for each output, x in bfloat16; [T, H, O]."""
+    largest_HO1 = weight_HOI.double().abs().amax(dim=2, keepdim=True)
+    scales_HO1 = 2 ** (largest_HO1 / 127).log2().clamp(min=-126).ceil()
+    rounded_HOI = (weight_HOI.double() / scales_HO1).round() * scales_HO1
+    return torch.einsum("thi,hoi->tho", x_THI.bfloat16().double(), rounded_HOI).float()

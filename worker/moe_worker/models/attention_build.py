@@ -13,6 +13,7 @@ from moe_worker.models.gqa import GroupedQueryAttention
 from moe_worker.models.mla import LatentAttention, QueryExpansion
 from moe_worker.models.rope import attention_scale
 from moe_worker.models.source import TensorSource, piece_for
+from moe_worker.quant.int8 import round_columns
 from moe_worker.quant.matrix import Matrix, join_rows
 
 
@@ -22,9 +23,12 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
     first_OD, expansion = _query(config, d, source, prefix)
     latent_WD = source.matrix(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_width, d)
     expand_OR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + config.v_head_dim), rank)
-    if source.round_tokens:  # W4A8 has it in bfloat16, whatever else is computed in
+    if source.round_tokens:  # the same int8 whatever the dtype of the model
         expand_OR = expand_OR.bfloat16().to(expand_OR.dtype)
-    expand_HOR = expand_OR.view(heads, -1, rank)
+    key_HNR, value_HVR = expand_OR.view(heads, -1, rank).tensor_split([plain], dim=1)
+    value_HRV = value_HVR.transpose(1, 2)
+    if source.round_tokens:
+        key_HNR, value_HRV = round_columns(key_HNR, 1), round_columns(value_HRV, 1)
     return LatentAttention(
         input=Linear(
             join_rows((first_OD, _interleaved(config.rope, latent_WD, config.cache_width))),
@@ -33,11 +37,12 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
         ),
         query=expansion,
         latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
-        key_HNR=expand_HOR[:, :plain].contiguous(),
-        value_HRV=expand_HOR[:, plain:].transpose(1, 2).contiguous(),
+        key_HNR=key_HNR.contiguous(),
+        value_HRV=value_HRV.contiguous(),
         output=_output(d, (heads, config.v_head_dim), config.attention_bias, source, prefix),
         rope_width=config.qk_rope_head_dim,
         scale=attention_scale(config.rope, config.qk_head_dim),
+        round_inputs=source.round_tokens,
     )
 
 

@@ -80,7 +80,7 @@ class AbsorbedAttention:
 
 @dataclass(frozen=True)
 class LatentAttention(AbsorbedAttention):
-    """In plain torch."""
+    """In plain torch. round_inputs: those of W_UK and W_UV to bfloat16, whatever else is computed in."""
 
     input: Linear
     query: QueryExpansion | None
@@ -90,6 +90,7 @@ class LatentAttention(AbsorbedAttention):
     output: Linear
     rope_width: int
     scale: float
+    round_inputs: bool = False
 
     def write(self, latent_TW: Tensor, step: LayerStep) -> None:
         """See AbsorbedAttention."""
@@ -103,7 +104,7 @@ class LatentAttention(AbsorbedAttention):
         heads, plain, _ = self.key_HNR.shape
         query_THQ = query_TO.view(query_TO.shape[0], heads, -1)
         plain_THN, rope_THP = query_THQ.tensor_split([plain], dim=2)
-        latent_HTR = torch.bmm(plain_THN.transpose(0, 1), self.key_HNR)
+        latent_HTR = torch.bmm(self._rounded(plain_THN).transpose(0, 1), self.key_HNR)
         return torch.cat((latent_HTR.transpose(0, 1), rotate(rope_THP, step.rotations_T1P)), dim=2)
 
     def attend(self, query_THW: Tensor, step: LayerStep) -> Tensor:
@@ -112,7 +113,10 @@ class LatentAttention(AbsorbedAttention):
 
     def expand(self, latent_THR: Tensor) -> Tensor:
         """See AbsorbedAttention."""
-        return torch.bmm(latent_THR.transpose(0, 1), self.value_HRV).transpose(0, 1)
+        return torch.bmm(self._rounded(latent_THR).transpose(0, 1), self.value_HRV).transpose(0, 1)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype) if self.round_inputs else x
 
 
 def _same_rows(rows_BSW: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The operations of DeepSeek's layers in W4A8 on the CPU kernels, and the fused call of all layers.
 
-Projections, experts and head are int4 with int8 activations, W_UK and W_UV bfloat16, as in the plain model.
+Projections, experts and head are int4 with int8 activations, W_UK and W_UV int8, as in the plain model.
 Router, norms and embedding stay as they are; the residual is float32.
 
 Legend: T tokens of a forward pass, I inputs, O outputs, D hidden, H heads, R latent rank, N query elements

@@ -1,7 +1,7 @@
-"""Eight-bit activations, rounded dynamically per token, with one scale for each piece of the inputs.
+"""Eight bits in the format w4a8: activations, rounded for each token and piece of inputs, and W_UK and W_UV.
 
-This module defines what the format w4a8 does to activations; docs/formats.md describes it. The trainer and
-plain torch compute with these functions, and the kernels are tested against them.
+This module defines what the format does to them; docs/formats.md describes it. The trainer and plain torch
+compute with these functions, and the kernels are tested against them.
 
 Legend: T tokens, I inputs, X pieces.
 """
@@ -42,3 +42,23 @@ def round_pieces(x_TI: Tensor, piece: int) -> Tensor:
     values_TI, scales_TX = quantize_pieces(x_TI, piece)
     scales_TI = scales_TX.unsqueeze(-1).expand(*scales_TX.shape, piece).flatten(-2)
     return values_TI.float() * scales_TI[..., : x_TI.shape[-1]]
+
+
+def quantize_columns(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding (half to even) of weights with one scale for all along `axis`, a power of two: int8
+    and float32 scales, in which `axis` has 1 element.
+
+    The scale is the least that maps no magnitude beyond 127. So the products of both are exact in bfloat16,
+    and rounding them again changes nothing. Values that are not finite get a scale of NaN.
+    """
+    largest = weight.float().abs().amax(dim=axis, keepdim=True)
+    mantissa, exponent = torch.frexp(largest)
+    exponent = (exponent - 7 + (mantissa > 127 / 128)).clamp_(min=-126)
+    scales = torch.ldexp(torch.ones_like(largest), exponent) + 0 * largest
+    return (weight.float() / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def round_columns(weight: Tensor, axis: int) -> Tensor:
+    """Weights as `quantize_columns` rounds them, in their dtype."""
+    values, scales = quantize_columns(weight, axis)
+    return (values.float() * scales).to(weight.dtype)

@@ -7,7 +7,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from moe_worker.compress.sparsity import PATTERNS, Schedule, Sparsifier
-from moe_worker.compress.w4a8 import Int4Trainer
+from moe_worker.compress.w4a8 import Int4Trainer, round_heads
 from moe_worker.errors import SettingsError
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.settings import TrainSettings
@@ -19,7 +19,8 @@ class Compression(nn.Module):
     """Masks and rounding of a model's matrices; its state is saved with the model.
 
     Projections and experts inside the layers become sparse. Routers, norms and embeddings stay dense, and so
-    does kv_b_proj, which serving absorbs into queries and outputs. The output head is quantized to int4, too.
+    does kv_b_proj, which serving absorbs into queries and outputs: w4a8 rounds it to int8. The output head is
+    quantized to int4, too.
     """
 
     sparsifier: Sparsifier | None
@@ -30,6 +31,7 @@ class Compression(nn.Module):
         super().__init__()
         matrices = compressible(model)
         self.sparsifier = self.int4 = None
+        self._latent = model.config.latent
         if settings.sparsity != "none":
             kept = PATTERNS[settings.sparsity].kept
             schedule = Schedule(settings.steps, kept, settings.dense_share, settings.shrink_share)
@@ -63,7 +65,16 @@ class Compression(nn.Module):
         masked = self.masked(step, weights)
         if self.int4 is None or not self.int4.is_active(step):
             return masked
-        return self.int4.round_weights({**weights, **masked})
+        return {**self.int4.round_weights({**weights, **masked}), **self.rounded_heads(weights)}
+
+    def rounded_heads(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """kv_b_proj of all layers as w4a8 computes with it."""
+        heads, plain = self._latent.num_attention_heads, self._latent.qk_nope_head_dim
+        return {
+            name: round_heads(weight, heads, plain)
+            for name, weight in weights.items()
+            if name.endswith("kv_b_proj.weight")
+        }
 
 
 def compressible(model: TrainingModel) -> dict[str, Tensor]:

@@ -70,12 +70,16 @@ def dense_tensors(learner: Learner) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def packed_tensors(learner: Learner, sparse: bool) -> dict[str, Tensor]:
-    """As `dense_tensors`, with the matrices trained in int4 packed; the head has its own tensor."""
+    """As `dense_tensors`, with the matrices trained in int4 packed; the head has its own tensor.
+
+    kv_b_proj has its rounded values, which bfloat16 represents exactly.
+    """
     int4, experts = learner.compression.int4, learner.model.config.moe.routed
     if int4 is None:
         raise ValueError("this run trained no weights in four bits")
     state = learner.model.state_dict()
-    weights = {**state, **learner.compression.masked(learner.step_done, state)}
+    masked = learner.compression.masked(learner.step_done, state)
+    weights = {**state, **masked, **learner.compression.rounded_heads(state)}
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name not in int4.names:

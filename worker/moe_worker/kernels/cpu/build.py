@@ -25,7 +25,7 @@ VARIANTS = {
     "avx-vnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "avx512-vnni": (*_AVX512, "-mavx512vnni"),
-    "avx512-bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512-bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
 }
 
 

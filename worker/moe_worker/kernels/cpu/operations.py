@@ -131,7 +131,7 @@ class Rotation(NamedTuple):
 
 
 def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight, turned: Rotation | None = None) -> Tensor:
-    """One small projection a head, bfloat16 weights and float32 activations: [T, H, O].
+    """One small projection a head, int8 weights and activations rounded to bfloat16: [T, H, O].
 
     Only the elements of a head must be contiguous. turned: rotates the elements after the inputs of each head
     and writes them after its outputs.

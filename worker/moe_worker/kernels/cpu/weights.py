@@ -18,7 +18,7 @@ from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import load
 from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.int8 import piece_of
+from moe_worker.quant.int8 import piece_of, quantize_columns
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
@@ -76,7 +76,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class HeadWeight:
-    """A bfloat16 matrix for each head; `struct` points into `data`, which must outlive it."""
+    """An int8 matrix for each head; `struct` points into `data`, which must outlive it."""
 
     data: Tensor
     outputs: int
@@ -89,12 +89,18 @@ class HeadWeight:
 
 
 def pack_heads(weight_HOI: Tensor) -> HeadWeight:
-    """Packs a matrix for each head, rounded to bfloat16: 16 rows and 2 inputs lie together."""
+    """Packs a matrix for each head, rounded as `quantize_columns` does: 16 rows and 4 inputs lie together,
+    behind the scales of the rows.
+    """
     outputs, inputs = weight_HOI.shape[1:]
-    padded = functional.pad(weight_HOI.bfloat16(), (0, inputs % 2, 0, -outputs % _BLOCK))
-    blocks = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, _BLOCK)).transpose(2, 3)
-    data = aligned_bytes(padded.nbytes + _ALIGNMENT)
-    data[: padded.nbytes].view(torch.bfloat16).copy_(blocks.flatten())
+    values_HOI, scales_HO1 = quantize_columns(weight_HOI, 2)
+    more = -outputs % _BLOCK
+    values = functional.pad(values_HOI, (0, -inputs % 4, 0, more)).unflatten(2, (-1, 4))
+    steps = values.unflatten(1, (-1, _BLOCK)).transpose(2, 3).flatten(2)
+    scales = functional.pad(scales_HO1, (0, 0, 0, more)).view(len(steps), -1, _BLOCK)
+    blocks = torch.cat((scales.contiguous().view(torch.int8), steps), dim=2)
+    data = aligned_bytes(blocks.nbytes + _ALIGNMENT)
+    data[: blocks.nbytes].view(torch.int8).copy_(blocks.flatten())
     return HeadWeight(data, outputs, inputs)
 
 

@@ -7,11 +7,6 @@ namespace {
 
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
-constexpr int PAIRED = 2 * LANES;  // bfloat16 of a vector
-
-inline __m512i load_halves(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16(n < PAIRED ? (1u << n) - 1 : ~0u, p); }
-inline vf dot_pairs(vf sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
-inline void store_halves(uint16_t* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // query: [QUERIES, width]
 inline void round_queries(const Tile& tile, uint16_t* query, int width) {

@@ -65,7 +65,8 @@ int32_t moe_supported(void) {
     int32_t eax = 7, ebx, ecx = 1, edx;
     __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
     bool avx_vnni = avx2 && (eax >> 4 & 1);  // leaf 7, subleaf 1: older compilers do not know them by name
-    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni"), bf16 = vnni && (eax >> 5 & 1);
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    bool bf16 = vnni && (eax >> 5 & 1) && __builtin_cpu_supports("avx512vbmi");  // all but the first that have bf16
     return avx2 | avx_vnni << 1 | avx512 << 2 | vnni << 3 | bf16 << 4;
 }
 

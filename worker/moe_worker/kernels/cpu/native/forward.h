@@ -1,10 +1,9 @@
 // A forward pass: T tokens through all layers of a stage, and logits of the chosen ones. It fuses the operations of
 // models/layers.py and computes the same numbers as they do one by one.
 #pragma once
-#include "arena.h"
 #include "attend.h"
 #include "experts.h"
-#include "latent.h"
+#include "heads.h"
 #include "route.h"
 
 namespace {
@@ -26,6 +25,7 @@ struct ForwardScratch {
     int32_t* chosen;
     MoeQuantized x8, query8, values8, hidden8, last8;
     ExpertScratch experts;
+    HeadScratch heads;
 };
 
 inline int widest_inner(const MoeForwardArgs& a, bool moe) {
@@ -58,6 +58,7 @@ inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int thread
     s.hidden8 = take_quantized(m, n, dense, least);
     s.last8 = take_quantized(m, a.selected_count, a.hidden, least);
     s.experts = take_experts(m, n, per_token, a.experts + a.choice.shared, a.hidden, widest_inner(a, true), least);
+    s.heads = take_heads(m, threads, a.rank > a.plain ? a.rank : a.plain);
     return s;
 }
 
@@ -88,7 +89,7 @@ inline void project_queries(const Context& c, const MoeForwardArgs& a, const Moe
     }
     int row = a.rank + a.rope;
     heads(c, {l.key, query, s.absorbed, a.count, a.heads, l.query_norm ? queries : joint, a.plain + a.rope,
-              a.heads * row, row, a.rotations, a.positions, a.rope});
+              a.heads * row, row, a.rotations, a.positions, a.rope}, s.heads);
     c.sync();
 }
 
@@ -103,7 +104,7 @@ inline void attention(const Context& c, const MoeForwardArgs& a, const MoeLayer&
     project_queries(c, a, l, cache, s);
     attend(c, {cache, s.absorbed, s.attended, a.heads, a.rank, a.rope, a.attention_scale}, s.tiles);
     c.sync();
-    heads(c, {l.value, s.attended, s.values, a.count, a.heads, a.heads * a.rank, a.rank, values, a.value, nullptr, nullptr, 0});
+    heads(c, {l.value, s.attended, s.values, a.count, a.heads, a.heads * a.rank, a.rank, values, a.value, nullptr, nullptr, 0}, s.heads);
     c.sync();
     quantize(c, {s.values, nullptr, nullptr, s.values8, 0, a.count, values, values, l.output.piece, l.output.segment});
     c.sync();

@@ -38,8 +38,8 @@ struct MoeWeight {
     int32_t paired;         // 1: blocks alternate between gate and up (the halves of O); the product is silu(gate) * up
 };
 
-// One matrix a head, bfloat16: blocks of 16 output rows; in a block 64-byte steps, in each of which every row has 2
-// inputs. Rows and inputs that fill the last block and step are 0.
+// One matrix a head, int8: blocks of 16 output rows; in a block 16 scales (float32), powers of two, and then 64-byte
+// steps, in each of which every row has 4 inputs. Rows and inputs that fill the last block and step are 0.
 struct MoeHeadWeight {
     const uint8_t* data;    // 64-byte aligned; H matrices behind each other
     int32_t rows, cols;     // O and I
@@ -69,7 +69,7 @@ struct MoeLinearArgs {
     int32_t accumulate;     // 1: added to out, 0: written
 };
 
-// One small projection a head, sums in float32: x[t, h, :I] to out[t, h, :O].
+// One small projection a head, of inputs that are rounded to bfloat16; sums in float32: x[t, h, :I] to out[t, h, :O].
 struct MoeHeadsArgs {
     MoeHeadWeight weight;
     const float* x;

@@ -31,8 +31,6 @@ inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
 inline vf max_bits(vf a, vf b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 // The largest of values that are not negative; NaN where one is.
 inline float largest_bits(vf a) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a))))); }
-inline vf even_bf16(vi pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-inline vf odd_bf16(vi pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))); }
 // The sums of 16 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[16]) {
     vf pairs[8], fours[4];
@@ -44,6 +42,16 @@ inline vf sums_of(const vf (&a)[16]) {
     return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 inline vi round_int(vf a) { return _mm512_cvtps_epi32(a); }  // half to even
+// Byte I of each lane, signed.
+template <int I>
+inline vf byte_float(vi a) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * I), 24)); }
+// To the nearest bfloat16, half to even; a NaN stays one.
+inline vf round_bf16(vf a) {
+    vi bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    vf rounded = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))));
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), rounded, a);
+}
 inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 inline vf power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
 inline vf where_less(vf a, vf b, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
@@ -96,8 +104,6 @@ inline float largest_bits(vf a) {
     b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1))));
 }
-inline vf even_bf16(vi pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline vf odd_bf16(vi pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))); }
 // The sums of 8 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[8]) {
     vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -105,6 +111,14 @@ inline vf sums_of(const vf (&a)[8]) {
     return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 inline vi round_int(vf a) { return _mm256_cvtps_epi32(a); }  // half to even
+template <int I>
+inline vf byte_float(vi a) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * I), 24)); }
+inline vf round_bf16(vf a) {
+    vi bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    vf rounded = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000))));
+    return _mm256_blendv_ps(rounded, a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
 inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 inline vf power_of_two(vi n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 inline vf where_less(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
@@ -129,6 +143,14 @@ inline int32_t sum_int(vi a) {
 inline vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 inline vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 inline vi high_nibbles(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr int PAIRED = 2 * LANES;  // bfloat16 of a vector
+
+inline __m512i load_halves(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16(n < PAIRED ? (1u << n) - 1 : ~0u, p); }
+inline vf dot_pairs(vf sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+inline void store_halves(uint16_t* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
 // Fetches weights that a product with so many tokens reads soon. A single token reads each weight once: weights then pass by

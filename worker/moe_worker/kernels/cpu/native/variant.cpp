@@ -16,7 +16,9 @@ void run(const Context& c, int32_t operation, const void* arguments, Arena m, in
     } else if (operation == MOE_LINEAR) {
         if (!counting) linear(c, as<MoeLinearArgs>(arguments));
     } else if (operation == MOE_HEADS) {
-        if (!counting) heads(c, as<MoeHeadsArgs>(arguments));
+        const auto& a = as<MoeHeadsArgs>(arguments);
+        HeadScratch scratch = take_heads(m, c.threads, a.weight.cols);
+        if (!counting) heads(c, a, scratch);
     } else if (operation == MOE_EXPERTS) {
         const auto& a = as<MoeExpertsArgs>(arguments);
         ExpertScratch scratch = take_experts(m, a.tokens, a.per_token, a.count, a.down.rows, a.down.cols, a.down.segment);
