@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTEST = "{python} -m pytest --noconftest -p no:cacheprovider -o asyncio_mode= -q"
+PYTEST = "{python} -m pytest --noconftest -p no:cacheprovider -q"
 MOE = "{python} -m moe_worker"
 TEXT = "{out}/text.txt"
 

@@ -1,7 +1,7 @@
 """Each Triton kernel against plain float64 torch, on inputs drawn anew.
 
 One command on a bare machine with a GPU, torch, triton, transformers, safetensors and pytest:
-    PYTHONPATH=worker:protos:. python -m pytest --noconftest -p no:cacheprovider -o asyncio_mode= tests/gpu
+    PYTHONPATH=worker:protos:. python -m pytest --noconftest -p no:cacheprovider tests/gpu
 Without a GPU Triton interprets the kernels (TRITON_INTERPRET=1): tests/worker/test_interpreted.py.
 """
 
