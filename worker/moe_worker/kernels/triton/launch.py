@@ -19,10 +19,10 @@ def _supported() -> bool:
 
 
 DEPENDENT = tl.constexpr(bool(COMPILED.value) and _supported())
-# Tokens of a pass up to which its kernels start early; more were not measured. Projections in tiles are not
-# launched this way: their first programs crowd on the multiprocessors that are free early, and a product with
-# one or two programs for each then takes longer (on an H200, 4 % of a whole step of 256 tokens).
-MOST_TOKENS = 256
+# Tokens of a pass up to which its kernels start early; more was not measured. Projections in tiles are
+# not launched this way: their first programs crowd on the multiprocessors that are free early, and a product
+# with one or two programs for each then takes longer (on an H200, 4 % of a whole step of 256 tokens).
+MOST_TOKENS = 2048
 
 
 def launch(tokens: int) -> dict[str, bool]:
