@@ -80,7 +80,8 @@ def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, in
     wanted = {1, 8, *parts, most}
     cuda_graph.batch_sizes = lambda largest: sorted({size for size in wanted if size <= largest} | {largest})
     cuda_prompts.token_sizes = lambda most: sorted({min(1024, most), min(2048, most), most})
-    few = [size for size in cuda_runner.warm_sizes(4096) if size in {1, 128, 1024, 4096}]
+    largest = arguments.prefill_tokens + most
+    few = [size for size in cuda_runner.warm_sizes(largest) if size in {1, 128, 1024, 4096, largest}]
     for module in (cuda_runner, sys.modules["moe_worker.mesh.cuda_stage"]):
         module.warm_sizes = lambda _: few  # type: ignore[attr-defined]
     context = CONTEXT + arguments.tokens + 32
@@ -89,6 +90,7 @@ def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, in
 
 def run_alone(arguments: argparse.Namespace) -> None:
     """The baseline."""
+    gc.callbacks.append(Collections(arguments.rank).note)
     device = torch.device("cuda", arguments.rank)
     torch.cuda.set_device(device)
     most, context, pages = sizes(arguments, MeshShape())
@@ -347,6 +349,7 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--moving", type=float, default=0.0, help="seconds from one move to the next")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement with --moving")
+    parser.add_argument("--no-baselines", action="store_true", help="measures no single GPU")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds until a rank prints its stacks")
     parser.add_argument("--rank", type=int, help="for the processes that this one starts")
     parser.add_argument("--address")
@@ -364,7 +367,8 @@ def main() -> None:
         for mesh in fitting:
             lose_one(arguments, mesh)
         return
-    known = {} if arguments.accuracy or arguments.moving else baselines(arguments)
+    alone = not (arguments.accuracy or arguments.moving or arguments.no_baselines)
+    known = baselines(arguments) if alone else {}
     for name in arguments.format:
         for mesh in fitting:
             compare(arguments, mesh, name, known)

@@ -21,6 +21,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
+from moe_worker.garbage import spare_loaded
 from moe_worker.mesh.member import Member
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -29,6 +30,8 @@ CONTEXT, PREFILL_SEQUENCES = 512, 64
 UNEVEN = range(16, CONTEXT + 1)
 # Kernels of kernels/triton/exchange.py.
 PACKING = {"_assign", "_pack", "_unpack", "_sum"}
+# Steps before moves are measured.
+SETTLING = 8
 # A step is late if it takes so many times the median one.
 LATE = 2.0
 # Largest difference of a row of logits, relative to its norm, of the small model.
@@ -182,6 +185,7 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
                 continue
             kernels = profiled(run(24), batch)
+            spare_loaded()  # or collecting what the profiler leaves takes 50 ms of a later round
             tell(f"{name}: step", step, "ms")
             bubble = 1 - kernels.busy / kernels.whole
             tell(f"{name}: bubble of rank 0", bubble, "share of a profiled step")
@@ -198,12 +202,14 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=tokens, prefix_cache=False,
             target_step_ms=10_000,
         )  # fmt: skip
+        what = f"prefill, {tokens} tokens a step"
         rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
-        tell(f"prefill, {tokens} tokens a step", max(rates), "tokens/s")
+        tell(what, max(rates), "tokens/s")
+        print(what, [round(rate) for rate in rates], file=sys.stderr)
+        if tokens > 2048:
+            continue
         rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1, prompt=None)) for _ in range(3)]
-        tell(
-            f"prefill, {tokens} tokens a step, prompts of {UNEVEN[0]} to {UNEVEN[-1]}", max(rates), "tokens/s"
-        )
+        tell(f"{what}, prompts of {UNEVEN[0]} to {UNEVEN[-1]}", max(rates), "tokens/s")
 
 
 def check(case: Case) -> None:
@@ -245,6 +251,8 @@ def measure_moves(case: Case, batch: int, tokens: int, seconds: float) -> None:
     if rebalancing is None:
         raise ValueError("experts of this case stay")
     while core.load.queued or core.load.running < batch:
+        core.step()
+    for _ in range(SETTLING):  # of which the first ones wait for the prompts
         core.step()
     rebalancing.abandon()  # the next move begins one interval later
     begin = time.perf_counter()

@@ -311,7 +311,7 @@ def test_a_rank_that_has_met_others_again_captures_its_prompts_again():
         assert list(prompts._graphs) == [size]
         prompts.forget()
     assert all(torch.equal(each, found[0]) for each in found)
-    assert difference(found[0].float(), both.exact(tokens_of(40, seed=1))[-1:]) < TOLERANCE["w4a8"]
+    assert torch.equal(found[0].float(), both.kernels(batch.segments))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
