@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import click
@@ -16,16 +17,17 @@ from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli.expert_rows import LONGEST_NAME, utilisation
 from moe_client.calling import explain, model_options
 from moe_client.endpoint import Endpoint, Options
+from moe_client.errors import WRONG, CommandError
 
 _DOMAINS_SHOWN = 3
 
 
 @click.command()
-@model_options
+@partial(model_options, timeout_s=10.0)
 @click.option(
     "--top", type=click.IntRange(1, 64), default=4, show_default=True, help="Experts of a layer shown."
 )
-def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> None:
+def experts(endpoint: Endpoint, model: str, timeout: float, top: int) -> None:
     """Prints the load of the experts of one worker.
 
     Of each layer: the activated experts in a step, how evenly experts share the tokens (mean over the largest
@@ -40,8 +42,12 @@ def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> 
     """
     del model  # a worker serves one
     endpoint = as_worker(endpoint)
-    (load,) = ask([endpoint], timeout or 10)
+    (load,) = ask([endpoint], timeout)
     if isinstance(load, grpc.RpcError):
+        if load.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise CommandError(
+                f"{endpoint} is no worker, which alone knows experts; give a worker's port", WRONG
+            )
         raise explain(load, endpoint) from load
     for line in lines(load, top):
         click.echo(line)

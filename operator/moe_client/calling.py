@@ -59,14 +59,16 @@ ADDRESS: Final = _Address()
 TEXT: Final = _Text()
 
 
-def model_options(command: _Command) -> _Command:
-    """Adds --endpoint, --model, --timeout and those of `access_options`."""
+def model_options(command: _Command, timeout_s: float | None = None) -> _Command:
+    """Adds --endpoint, --model, --timeout and those of `access_options`. timeout_s: its default."""
     command = access_options(command)
     for option in (
         click.option(
             "--timeout",
             type=FiniteRange(0, _LONGEST_S, min_open=True),
-            help="Seconds to wait at most. Default: no limit.",
+            default=timeout_s,
+            show_default="no limit" if timeout_s is None else True,
+            help="Seconds to wait at most.",
         ),
         click.option(
             "--model", default="", help="Served name of the model. Default: the one that is served."
@@ -120,7 +122,9 @@ def explain(error: grpc.RpcError, endpoint: Endpoint) -> CommandError:
     status = rich_status.from_error(error)
     code = rich_status.status_code(status)
     sentence = status.message or code.name
-    if code is grpc.StatusCode.UNAVAILABLE and not status.details:
+    if code is grpc.StatusCode.UNAVAILABLE and "http1.x server" in status.message:
+        sentence = f"{endpoint} serves HTTP, not gRPC; give the port of gRPC, which is 8000 by default"
+    elif code is grpc.StatusCode.UNAVAILABLE and not status.details:
         sentence = (
             f"cannot connect to {endpoint} ({sentence}); is the frontend running and reachable from "
             "here, by `kubectl port-forward service/NAME-frontend 8000` for one, and does --ca-file or --tls "

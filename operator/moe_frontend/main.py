@@ -254,7 +254,8 @@ def main(**given: Any) -> None:
             "--jwks accepts tokens of one issuer for one audience; give --jwt-issuer and --jwt-audience"
         )
     if (options.deployment is None) == (options.static is None):
-        raise click.UsageError("no workers given; use one of --deployment NAME and --static HOST:PORT,...")
+        problem = "no workers given" if options.static is None else "workers given twice"
+        raise click.UsageError(f"{problem}; use one of --deployment NAME and --static HOST:PORT,...")
     guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:

@@ -1,5 +1,7 @@
 """`moe experts` prints what GetExpertLoad of a worker says."""
 
+import socketserver
+import threading
 from concurrent import futures
 
 import grpc
@@ -8,7 +10,7 @@ from click.testing import CliRunner
 
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli.experts import experts, lines
-from moe_client.errors import ABSENT
+from moe_client.errors import ABSENT, WRONG
 
 
 def domain(name, tokens, shares):
@@ -57,3 +59,33 @@ def test_a_worker_that_is_not_there_is_told():
     result = CliRunner().invoke(experts, ["--endpoint", "127.0.0.1:1", "--timeout", "2"])
     assert result.exit_code == ABSENT
     assert "cannot connect to 127.0.0.1:1" in result.stderr
+
+
+def test_a_frontend_is_told_to_be_no_worker():
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    result = CliRunner().invoke(experts, ["--endpoint", address])
+    server.stop(None)
+    assert result.exit_code == WRONG
+    assert (
+        result.stderr == f"error: {address} is no worker, which alone knows experts; give a worker's port\n"
+    )
+
+
+class Http(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.recv(1)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def test_a_port_of_http_is_told():
+    with socketserver.TCPServer(("127.0.0.1", 0), Http) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        result = CliRunner().invoke(experts, ["--endpoint", address])
+        server.shutdown()
+    assert result.exit_code == ABSENT
+    assert (
+        f"{address} serves HTTP, not gRPC; give the port of gRPC, which is 8000 by default" in result.stderr
+    )

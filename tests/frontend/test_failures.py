@@ -390,7 +390,7 @@ def test_help_teaches():
     ("args", "sentence"),
     [
         ((), "no workers given"),
-        (("--static", "a:1", "--deployment", "d"), "no workers given"),
+        (("--static", "a:1", "--deployment", "d"), "workers given twice"),
         (("--static", "nowhere"), "'nowhere' is not HOST:PORT"),
         (("--static", "127.0.0.1:99999"), "is not HOST:PORT"),
         (("--static", "127.0.0.1:1", "--listen", "x"), "'x' is not HOST:PORT"),

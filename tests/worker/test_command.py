@@ -38,6 +38,13 @@ def test_help_and_the_process_of_the_rpc_edge_need_no_torch(command):
     assert "serve" in done.stdout
 
 
+def test_without_a_command_the_help_is_printed():
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert "\n  serve " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

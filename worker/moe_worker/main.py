@@ -54,6 +54,9 @@ def main() -> None:
     """Runs the command line; after a failure, the last line on stderr is `error: ` and the reason."""
     try:
         sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except click.Abort:

@@ -22,7 +22,7 @@ BYTES_A_TOKEN: Final = 64
 """Bytes of a body for each token of the context: a body may hold several prompts."""
 BODY_S: Final = 30.0
 DEPTH_MOST: Final = 64
-_AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_AT: Final = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `[^`]*`)?$", re.DOTALL)
 _UNSUPPORTED: Final = re.compile("expected null, got ")
 _ENUM: Final = re.compile("invalid enum value ")
@@ -169,7 +169,9 @@ def of_validation(text: str, kind: type[Any]) -> ApiError:
     if _UNSUPPORTED.match(problem):
         return invalid(param[:_SHOWN], "is not supported; leave it out")
     values = ", ".join(_values(kind, param)) if _ENUM.match(problem) else ""
-    return invalid(param[:_SHOWN], f"is not valid: {problem}" + (f"; use {values}" if values else ""))
+    found = _AT.search(text)
+    what = "has a key that is" if found is not None and found["key"] else "is"
+    return invalid(param[:_SHOWN], f"{what} not valid: {problem}" + (f"; use {values}" if values else ""))
 
 
 def _values(kind: type[Any], path: str) -> list[str]:

@@ -49,7 +49,11 @@ WRONG = [
     ({"prompt": "a", "logprobs": 21}, "logprobs", "expected int <= 20"),
     ({"prompt": "a", "stream_options": {}}, "stream_options", "is only for streams"),
     ({"prompt": "a", "stream": "yes"}, "stream", "expected bool"),
-    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "expected"),
+    (
+        {"prompt": "a", "logit_bias": {"x": 1}},
+        "logit_bias",
+        "has a key that is not valid: expected int, got str",
+    ),
     ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias[...]", "expected float <= 100"),
     ({"prompt": "a", "temprature": 1}, "temprature", "is not a field of this request"),
     ({"prompt": "a", "": 1}, "", '"" is not a field of this request'),
