@@ -56,7 +56,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.following import follow_leader
 from moe_worker.engine.requests import FinishReason
-from moe_worker.garbage import spare_loaded
+from moe_worker.garbage import collect_rarely, spare_loaded
 from moe_worker.mesh.member import Member, join
 from moe_worker.models import cuda_graph, cuda_prompts, cuda_runner
 
@@ -99,6 +99,7 @@ def run_alone(arguments: argparse.Namespace) -> None:
         model = random_model(values, FORMATS[arguments.format[0]], context, device)
     whole = Alone(model, context, most, pages, arguments.prefill_tokens)
     spare_loaded()
+    collect_rarely()
     measure(whole.loaded(), arguments, 1, None)
 
 
@@ -146,6 +147,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         alone=False, moving=arguments.moving, faults=arguments.fault is not None,
     )  # fmt: skip
     spare_loaded()
+    collect_rarely()
     reached("model and graphs made")
     if not arguments.fault:
         dist.barrier()

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine import following
-from moe_worker.garbage import spare_loaded
+from moe_worker.garbage import collect_rarely, spare_loaded
+from moe_worker.kvcache.pages import PagePool
+from moe_worker.kvcache.prefix import PrefixTree
 from moe_worker.mesh.runner import MeshRunner
 
 
@@ -18,6 +20,27 @@ def test_what_is_loaded_is_left_out_of_collections():
         assert id(new) in visited
         assert not visited.intersection(map(id, loaded))
     finally:
+        gc.unfreeze()
+
+
+def full_collections_while_a_cache_fills(pages=40_000, each=50):
+    before, tree = gc.get_stats()[2]["collections"], PrefixTree(pool := PagePool(pages), 1)
+    for first in range(0, pages, each):
+        tokens = list(range(first, first + each))
+        node, _ = tree.match(tokens)
+        tree.release(tree.insert(node, tokens, pool.take(each))[0])
+    return gc.get_stats()[2]["collections"] - before
+
+
+def test_a_cache_that_fills_stops_no_stream_for_a_full_collection():
+    usual = gc.get_threshold()
+    try:
+        spare_loaded()
+        assert full_collections_while_a_cache_fills() > 0
+        collect_rarely()
+        assert full_collections_while_a_cache_fills() == 0
+    finally:
+        gc.set_threshold(*usual)
         gc.unfreeze()
 
 

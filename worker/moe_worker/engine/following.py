@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
-from moe_worker.garbage import spare_loaded
+from moe_worker.garbage import collect_rarely, spare_loaded
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 
@@ -29,6 +29,7 @@ def follow(
     if not isinstance(runner, MeshRunner):
         raise SettingsError(f"a mesh {options.mesh} has no ranks to follow; give a larger --mesh")
     spare_loaded()
+    collect_rarely()
     log.info("rank %d of mesh %s is ready", options.mesh_rank, options.mesh)
     ready(loaded.format)
     follow_leader(runner)

@@ -24,7 +24,7 @@ from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Load, Request
 from moe_worker.errors import WorkerError
 from moe_worker.framing import LENGTH_BYTES
-from moe_worker.garbage import spare_loaded
+from moe_worker.garbage import collect_rarely, spare_loaded
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.guides import Guide
 from moe_worker.service.preparing import Prepared, Preparing
@@ -139,6 +139,7 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     )
     core = EngineCore(loaded, start.options)
     spare_loaded()
+    collect_rarely()
     sender.send(Loaded(loaded.format, core.load, core.most_requests, core.mesh_report))
     mesh = _MeshTeller(core, sender)
     if loaded.member is not None:
