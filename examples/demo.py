@@ -8,6 +8,7 @@ the same request again, which comes from the output cache of the frontend.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +36,7 @@ OPENAI = f"""import openai, sys
 client = openai.OpenAI(base_url=sys.argv[1], api_key="unused")
 for chunk in client.completions.create(model="{NAME}", prompt="The kernel", max_tokens=24, stream=True):
     print(chunk.choices[0].text, end="", flush=True)"""
+MESH = re.compile("[1-9][0-9]?x[1-9][0-9]?")
 READY_WITHIN_S = 300.0
 TRACE_WITHIN_S = 30.0
 
@@ -47,11 +49,16 @@ class DemoError(Exception):
 
 def main() -> int:
     """Runs the demonstration; returns the exit code."""
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(
+        "make demo", "make demo [KEEP=1] [MESH=2x2]", __doc__, formatter_class=form
+    ).parse_args()
     cluster, keep = Cluster(), os.environ.get("KEEP") == "1"
     started = time.monotonic()
     found_running = cluster.is_running()
     made: list[str] = []
     try:
+        check(os.environ)
         run(cluster, made, found_running=found_running, keep=keep)
         console.print(f"\n[bold]Done[/] in {time.monotonic() - started:.0f} s.")
     except (DemoError, LocalClusterError) as error:
@@ -98,13 +105,20 @@ def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -
         show([str(Path(sys.executable).with_name("moe")), "status", NAME], cluster)
 
 
+def check(variables: Mapping[str, str]) -> None:
+    """Raises DemoError for a value of KEEP or MESH that has no meaning."""
+    keep, mesh = variables.get("KEEP", ""), variables.get("MESH", "")
+    if keep not in ("", "0", "1"):
+        raise DemoError(f"KEEP is {keep!r}; write KEEP=1 to keep the cluster running, or leave it out")
+    if mesh and not MESH.fullmatch(mesh):
+        raise DemoError(f"MESH is {mesh!r}; write PIPELINExEXPERT, as 2x2")
+
+
 def gang(folder: Path, mesh: str) -> str:
     """Writes the example with one replica of PIPELINExEXPERT workers; returns the manifest's path."""
-    shape = re.fullmatch(r"([1-9][0-9]?)x([1-9][0-9]?)", mesh)
-    if shape is None:
-        raise DemoError(f"MESH is {mesh!r}; write PIPELINExEXPERT, as 2x2")
+    pipeline, expert = map(int, mesh.split("x"))
     body = yaml.safe_load((ROOT / f"examples/{NAME}.yaml").read_text())
-    parallelism = {"pipeline": int(shape[1]), "expert": int(shape[2])}
+    parallelism = {"pipeline": pipeline, "expert": expert}
     worker = {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}}
     body["spec"] |= {"replicas": 1, "parallelism": parallelism, "worker": worker}
     path = folder / f"{NAME}-{mesh}.yaml"
