@@ -54,7 +54,8 @@ def quantize_columns(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     largest = weight.float().abs().amax(dim=axis, keepdim=True)
     mantissa, exponent = torch.frexp(largest)
     exponent = (exponent - 7 + (mantissa > 127 / 128)).clamp_(min=-126)
-    scales = torch.ldexp(torch.ones_like(largest), exponent) + 0 * largest
+    powers = (exponent + 127 << 23).view(torch.float32)  # by their bits: pow need not be exact on all devices
+    scales = powers + 0 * largest
     return (weight.float() / scales).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
