@@ -32,6 +32,8 @@ _TIMES: Final = ("time", "t", "timestamp")
 _JSON_TIMES: Final = (("timestamp", 1e-3), ("timestamp_us", 1e-6))
 _COUNTS: Final = ("requests", "count", "rate")
 _INPUTS: Final = ("contexttokens", "input_length", "input_tokens")
+_MOST: Final = 1e18
+_SHOWN: Final = 60
 _OUTPUTS: Final = ("generatedtokens", "output_length", "output_tokens")
 _KINDS: Final = (
     "a CSV file with the columns time,requests or t,rate (one row an interval), a CSV file with TIMESTAMP,"
@@ -186,8 +188,10 @@ def _known(path: Path, number: int, value: object) -> float | None:
 def _amount(path: Path, number: int, value: object) -> float:
     try:
         amount = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         amount = math.nan
-    if not math.isfinite(amount) or amount < 0:
-        raise TraceError(f"{path}:{number}: {value!r} is not a number of 0 or more")
+    if not 0 <= amount <= _MOST:  # nor a number that is none (NaN)
+        raise TraceError(
+            f"{path}:{number}: {repr(value)[:_SHOWN]} is not a number of 0 or more, {_MOST:g} at most"
+        )
     return amount

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_client.errors import CommandError
 from moe_tools.load.report import Progress, summarise
 from moe_tools.load.run import Arrivals, Outcome, Part, Tally, arrivals
 from moe_tools.load.trace import RequestTrace, read
@@ -41,6 +42,19 @@ def test_a_part_of_a_trace_and_its_lengths():
     due = arrivals(requests([0, 5, 6, 9], [1, 2, 3, 4]), Part(5, 4), share=1, speed=2, seed=1)
     assert due.at_s.tolist() == [0, 0.5]
     assert due.input_tokens.tolist() == due.output_tokens.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "share", "sentence"),
+    [
+        ([1e300, 1e300], 1, "the trace has 2e+300 requests, more than 100,000,000; give a part of it"),
+        ([2, 3], 1e9, "this part and --share make 5e+09 requests, more than 10,000,000; lower --share"),
+    ],
+)
+def test_more_requests_than_memory_holds_are_refused(numbers, share, sentence):
+    with pytest.raises(CommandError) as refused:
+        arrivals(counts(numbers), Part(0, None), share, speed=1, seed=1)
+    assert sentence in str(refused.value.format_message())
 
 
 @settings(max_examples=30, deadline=None)

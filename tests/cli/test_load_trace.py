@@ -69,6 +69,21 @@ def test_compressed_files(tmp_path, suffix, pack):
         ("a.csv", "time,requests\n0,1\n", "needs two rows or more"),
         ("a.csv", "time,requests\n0,1\n1,1\n1e12,1\n", "more than 10,000,000 intervals of 1 s; correct them"),
         ("a.csv", "time,input_tokens\n10,1\n0,1\n", "a.csv:3: its time is before the line's above"),
+        (
+            "a.csv",
+            "time,requests\n0,1\n10,1e300\n",
+            "a.csv:3: '1e300' is not a number of 0 or more, 1e+18 at most",
+        ),
+        (
+            "a.csv",
+            "time,input_tokens\n0,1e19\n",
+            "a.csv:2: '1e19' is not a number of 0 or more, 1e+18 at most",
+        ),
+        (
+            "a.jsonl",
+            f'{{"timestamp": 0, "input_length": {"9" * 400}}}\n',
+            f"a.jsonl:1: {'9' * 60} is not a number of 0 or more, 1e+18 at most",
+        ),
         ("a.csv", "time,input_tokens\n0,-1\n", "a.csv:2: '-1' is not a number of 0 or more"),
         ("a.jsonl", '{"timestamp": 0}\n{oops\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"timestamp": 0}\n[]\n', "a.jsonl:2: a line is one request"),

@@ -32,6 +32,9 @@ _PROMPT_TOKENS: Final = 16
 _CONNECTIONS: Final = 4
 """By default, an HTTP/2 connection allows 100 concurrent streams; further ones wait unnoticed."""
 _SHOW_S: Final = 0.25
+_MOST_READ: Final = 100_000_000
+_MOST_SENT: Final = 10_000_000
+"""So many requests take gigabytes of memory, and an hour at the rate of several clients."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,18 @@ class Arrivals:
 
 
 def arrivals(trace: RequestTrace, part: Part, share: float, speed: float, seed: int) -> Arrivals:
-    """The requests of a part of a trace, at random times within each interval of counts."""
+    """The requests of a part of a trace, at random times within each interval of counts.
+
+    Raises:
+        CommandError: they are too many.
+    """
     random = np.random.default_rng(seed)
+    _check(float(trace.counts.sum()), _MOST_READ, "the trace has", "give a part of it")
     at_s, rows = _times(trace, random)
+    inside = part.holds(at_s)
+    _check(share * int(inside.sum()), _MOST_SENT, "this part and --share make", "lower --share or --duration")
     # 2.3 requests for each one: two, and a third with probability 0.3.
-    copies = np.floor(share + random.random(len(at_s))).astype(np.int64) * part.holds(at_s)
+    copies = np.floor(share + random.random(len(at_s))).astype(np.int64) * inside
     chosen = np.repeat(np.arange(len(at_s)), copies)
     chosen = chosen[np.argsort(at_s[chosen], kind="stable")]
     lengths = [
@@ -72,6 +82,11 @@ def arrivals(trace: RequestTrace, part: Part, share: float, speed: float, seed: 
         for tokens in (trace.input_tokens, trace.output_tokens)
     ]
     return Arrivals((at_s[chosen] - part.skip_s) / speed, *lengths)
+
+
+def _check(count: float, most: int, what: str, remedy: str) -> None:
+    if count > most:
+        raise CommandError(f"{what} {count:.4g} requests, more than {most:,}; {remedy}", errors.WRONG)
 
 
 def _times(trace: RequestTrace, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
