@@ -159,7 +159,7 @@ def submitted(bench: Bench, count: int, tokens: int, same: bool = False, **chose
     for number in range(count):
         if number == 0 or not same:
             prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
-        core.submit(Request(number, tuple(prompt.tolist()), sampling, seed=0))
+        core.submit(Request(number, tuple(prompt.tolist()), sampling, seed=number))
     return core
 
 
