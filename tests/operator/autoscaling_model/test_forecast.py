@@ -73,6 +73,17 @@ def test_weights_forecast_what_statsmodels_forecasts(horizon):
     assert errors @ logs[-len(errors) :] == pytest.approx(arima.forecast(horizon)[-1], abs=2e-3)
 
 
+@pytest.mark.parametrize("horizon", [15, 60, 240])
+def test_a_long_horizon_is_forecast_from_the_first_fit_on(horizon):
+    """After an hour, moving averages have too few rates for 15 minutes and more, and other models do not."""
+    rates = walk(150)
+    made, _ = driven(rates, horizon, step_s=60.0, refit_every=40)
+    assert len(made) == len(rates)
+    for forecast in made.values():
+        assert np.isfinite([value for _, value in forecast.quantiles]).all()
+        assert 0 < forecast.mean < 20 * max(rates)
+
+
 @pytest.mark.parametrize("horizon", [1, 5])
 def test_features_of_one_step_are_those_of_the_same_step_among_all(horizon):
     rates = walk(9 * DAY)

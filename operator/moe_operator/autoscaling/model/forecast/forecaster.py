@@ -182,11 +182,13 @@ class Forecaster:
         if latest is None:
             return None
         weights = self._combination.weights[_POINT]
+        # Not !=, which would compare the arrays of models; those with too few rates for the horizon stay.
+        fitted = any(model is not start for model, start in zip(self._fitted.models, _MODELS, strict=True))
         return Forecast(
             at=(self._past.end - 1 + self._horizon) * self._step_s,
             mean=float(latest.combined[_POINT]),
             quantiles=tuple(zip(QUANTILES, map(float, latest.combined), strict=True)),
-            method=CANDIDATES[int(np.argmax(weights))] if self._fitted.models != _MODELS else "last value",
+            method=CANDIDATES[int(np.argmax(weights))] if fitted else "last value",
             errors=self._errors.now,
         )
 
