@@ -67,7 +67,15 @@ def test_people_get_tables(trace):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--horizon", "0"], "0.0 is not in the range x>0."),
+        (["--horizon", "0"], "0.0 is not in the range 0<x<=86400."),
+        (["--horizon", "1e9"], "1000000000.0 is not in the range 0<x<=86400."),
+        (["--fraction", "1e-9"], "replicas, more than 100,000; raise --capacity or --fraction"),
+        (["--capacity", "1e-300"], "replicas, more than 100,000; raise --capacity or --fraction"),
+        (["--plot", "a.txt"], "--plot a.txt: the name must end in .png"),
+        (
+            ["--plot", "nowhere/a.png"],
+            "--plot nowhere/a.png: directory nowhere does not exist; create it first",
+        ),
         (["--fraction", "nan"], "nan is not a finite number; give one in the range x>0."),
         (["--tune-until", "soon"], "neither a share like 0.5 nor a time"),
         (["--tune-until", "1"], "leaves nothing before or after it"),

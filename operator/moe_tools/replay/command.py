@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 _GPUS_AT_MEAN: Final = 10
 _FEWEST_STEPS: Final = 3
+_LONGEST_S: Final = 86_400
+_MOST_REPLICAS: Final = 100_000
 
 
 @click.command()
 @click.option(
     "--horizon",
-    type=FiniteRange(min=0, min_open=True),
+    type=FiniteRange(0, _LONGEST_S, min_open=True),
     default=300.0,
     show_default=True,
     metavar="SECONDS",
@@ -106,6 +108,8 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     from moe_tools.replay.trace import Work, read  # noqa: PLC0415
 
     fraction, capacity, plot = choices["fraction"], choices["capacity"], choices["plot"]
+    if plot is not None:
+        _check_picture(plot)
     try:
         trace = read(path, Work(work))
     except TraceError as error:
@@ -165,6 +169,13 @@ def _replayed(
     if per_gpu <= 0:
         raise CommandError(f"no work arrives in {trace.name}: there is nothing to scale for", errors.WRONG)
     steps = max(1, math.ceil(horizon / trace.step_s))
+    peak = float(trace.rates[trace.rates >= 0].max()) / per_gpu / fraction
+    if peak > _MOST_REPLICAS:
+        raise CommandError(
+            f"the busiest step needs {peak:.3g} replicas, more than {_MOST_REPLICAS:,}; raise --capacity or "
+            "--fraction",
+            errors.WRONG,
+        )
     service = Service(per_gpu * fraction, fraction, steps, trace.step_s)
     with bar("forecasting", len(trace.rates)) as advance:
         test = scoring.backtest(trace, steps, advance)
@@ -178,6 +189,14 @@ def _mean(rates: Floats) -> float:
     """Of the known ones; 0 where none is."""
     known = rates[rates >= 0]
     return float(known.mean()) if len(known) else 0.0
+
+
+def _check_picture(path: Path) -> None:
+    """Before minutes are spent on the replay."""
+    if path.suffix != ".png":
+        raise click.UsageError(f"--plot {path}: the name must end in .png")
+    if not path.resolve().parent.is_dir():
+        raise click.UsageError(f"--plot {path}: directory {path.parent} does not exist; create it first")
 
 
 def _draw(found: Replay, path: Path) -> None:
