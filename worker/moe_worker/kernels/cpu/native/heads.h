@@ -75,7 +75,7 @@ inline __attribute__((always_inline)) void head_sums(const uint8_t* data, const 
 inline void round_values(const float* x, int n, HeadValue* out) { store_halves(out, load_n(x, n), LANES); }
 #else
 typedef float HeadValue;
-constexpr int MOST_HEAD_TOKENS = LANES == 16 ? 8 : 2;
+constexpr int MOST_HEAD_TOKENS = LANES == 16 ? 8 : 4;
 
 // A step to float32: the rows of its first input, of its second and so on.
 inline __attribute__((always_inline)) void convert_step(const uint8_t* step, vf (&values)[HEAD_INPUTS][BLOCK / LANES]) {
@@ -98,14 +98,30 @@ inline void convert_block(const uint8_t* data, int steps, HeadValue* out) {
     }
 }
 
-// Even and odd inputs are summed apart: the second chain hides the latency of the first.
+// Adds the inputs i, i + 2, ... of `values`.
+template <int TB>
+inline __attribute__((always_inline)) void head_chain(const HeadValue* values, int i, int end, const HeadValue* x, int stride, vf (&sums)[TB][BLOCK / LANES]) {
+    for (; i < end; i += 2)
+        for (int v = 0; v < BLOCK / LANES; v++) {
+            vf now = load(values + i * BLOCK + v * LANES);
+            for (int t = 0; t < TB; t++) sums[t][v] = fma(set(x[t * stride + i]), now, sums[t][v]);
+        }
+}
+
+// Even and odd inputs are summed apart: the second chain hides the latency of the first. With many tokens and few
+// registers, they are summed one after the other.
 template <int TB>
 inline __attribute__((always_inline)) void head_sums(const uint8_t* data, const HeadValue* values, int steps, const HeadValue* x, int stride, vf (&sums)[TB][BLOCK / LANES]) {
     constexpr int VECTORS = BLOCK / LANES;
+    constexpr bool APART = TB * VECTORS > LANES / 2;
     vf odd[TB][VECTORS];
     for (int t = 0; t < TB; t++)
         for (int v = 0; v < VECTORS; v++) sums[t][v] = odd[t][v] = zero();
-    for (int s = 0; s < steps; s++) {
+    if (APART) {
+        head_chain<TB>(values, 0, steps * HEAD_INPUTS, x, stride, sums);
+        head_chain<TB>(values, 1, steps * HEAD_INPUTS, x, stride, odd);
+    }
+    for (int s = 0; s < steps && !APART; s++) {
         vf now[HEAD_INPUTS][VECTORS];
         if (TB > 1) {
             for (int i = 0; i < HEAD_INPUTS; i++)
