@@ -1,10 +1,12 @@
 """The edge without an engine process: what it does when the engine ends, refuses or talks nonsense."""
 
 import asyncio
+import gc
 import logging
 import os
 import queue
 import socket
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -236,6 +238,23 @@ def test_requests_do_not_wait_for_the_output_format_of_another(outcome):
     assert counted == 1, "the edge counts it as not taken until then"
     assert core.taken[1:] == ([(1, guides[1])] if outcome == "compiled" else [])
     assert [(it.id, it.retryable) for it in sent] == ([(1, False)] if outcome == "broken" else [])
+
+
+def test_memory_of_a_compiled_format_waits_for_no_garbage_collection():
+    """They are rare in an engine, and clients choose the formats."""
+    inbox = queue.SimpleQueue()
+    preparing, slow = Preparing(inbox.put), replace(request(1), output_format=OutputFormat("json_object"))
+    guide = Core.open_guide(Core(), slow)
+    freed = weakref.ref(guide)
+    gc.disable()
+    try:
+        preparing.start(slow, guide)
+        guide.matcher.set_result("a matcher")
+        assert preparing.take(inbox.get()) is guide
+        del guide
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failure_about_a_name_that_is_no_text_reaches_the_edge():

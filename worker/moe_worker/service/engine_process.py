@@ -203,8 +203,9 @@ def _take_commands(
                 preparing.start(message.request, guide)
         elif isinstance(message, Prepared):
             submitted += 1
-            if preparing.take(message):
-                _submit_prepared(core, message, sender)
+            guide = preparing.take(message)
+            if guide is not None:
+                _submit_prepared(core, message.request, guide, sender)
         elif isinstance(message, Cancel):
             preparing.cancel(message.id)
             core.cancel(message.id)
@@ -213,10 +214,10 @@ def _take_commands(
     return submitted
 
 
-def _submit_prepared(core: EngineCore, prepared: Prepared, sender: _Sender) -> None:
-    request, error = prepared.request, prepared.guide.matcher.exception()
+def _submit_prepared(core: EngineCore, request: Request, guide: Guide, sender: _Sender) -> None:
+    error = guide.matcher.exception()
     if error is None:
-        _submit(core, request, prepared.guide, sender)
+        _submit(core, request, guide, sender)
         return
     log.warning("request %d is refused: its output format cannot be compiled", request.id, exc_info=error)
     sentence = f"output_format cannot be compiled: {type(error).__name__}; simplify it"

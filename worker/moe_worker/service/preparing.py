@@ -13,10 +13,9 @@ from moe_worker.sampling.guides import Guide
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose output format has been compiled, or cannot be: `guide.matcher` is done."""
+    """A request whose output format has been compiled, or cannot be: the matcher of its guide is done."""
 
     request: Request
-    guide: Guide
 
 
 class Preparing:
@@ -31,9 +30,14 @@ class Preparing:
         self._guides: dict[int, Guide] = {}
 
     def start(self, request: Request, guide: Guide) -> None:
-        """Holds a request back until its guide is ready."""
+        """Holds a request back until its guide is ready.
+
+        The guide's future keeps what it calls: were the guide part of that, its memory would wait for a full
+        garbage collection, which is rare.
+        """
         self._guides[request.id] = guide
-        guide.matcher.add_done_callback(lambda _: self._done(Prepared(request, guide)))
+        done, prepared = self._done, Prepared(request)
+        guide.matcher.add_done_callback(lambda _: done(prepared))
 
     def cancel(self, request: int) -> None:
         """Forgets a request; it is no error if it is not held back."""
@@ -41,6 +45,6 @@ class Preparing:
         if guide is not None:
             guide.matcher.cancel()
 
-    def take(self, prepared: Prepared) -> bool:
-        """Whether a prepared request was not cancelled."""
-        return self._guides.pop(prepared.request.id, None) is not None
+    def take(self, prepared: Prepared) -> Guide | None:
+        """The guide of a prepared request; None if that was cancelled."""
+        return self._guides.pop(prepared.request.id, None)
