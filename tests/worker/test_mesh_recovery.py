@@ -334,6 +334,32 @@ def test_a_leader_says_that_it_waits_for_a_rank_that_loads_as_long_as_that_one_i
         assert not said
 
 
+def test_a_rank_that_dies_each_time_it_has_loaded_for_minutes_ends_the_replica(monkeypatch):
+    """Each loss alone is within all limits, and the leader says all the time that it does not hang."""
+    now, deaths = [0.0], []
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None))
+
+    def receive(_, waits):
+        now[0] += 250
+        waits(channel)
+        deaths.append(now[0])
+        assert len(deaths) < 20
+        raise RankLostError("rank 2 left the mesh")
+
+    channel = SimpleNamespace(rank=2, heard=0.0, receive=receive)
+    member = SimpleNamespace(
+        leads=True, rank=0, shape=MeshShape(1, 3), channels=[channel], on_wait=lambda: None, group=None,
+        formation=1, absent=(), reform=lambda *_: None,
+    )  # fmt: skip
+    waiting = Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
+    for lost_at in (0.0, now[0] + 10_000):  # a later loss has its own time
+        now[0] = lost_at
+        deaths.clear()
+        with pytest.raises(RankAbsentError, match=r"rank 2 .* did not load and compile .* within 600 s"):
+            waiting.recover(RankLostError("rank 2 left the mesh"))
+        assert len(deaths) == 2
+
+
 def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in_again(caplog):
     """It has nothing to load, but answers as often as a new one."""
     identity, ready = Identity(MeshShape(1, 2), 1, "digest", b"known"), threading.Event()

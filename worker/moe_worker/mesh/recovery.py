@@ -4,6 +4,7 @@ All processes that are left keep their weights. `may_spare` decides, everything 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,9 @@ from moe_worker.mesh.rebalance.hold import HeldExperts
 
 log = logging.getLogger(__name__)
 Waiting = Callable[[Channel], None]
-# A lost rank has so long to come back, and then so long to load and compile its part, of which it must not
-# be silent for too long; and so often may ranks be lost in a while. Then the replica ends.
+# A lost rank has so long to come back, and then so long to load and compile its part, however often it dies
+# meanwhile, of which it must not be silent for too long; and so often may ranks be lost in a while. Then the
+# replica ends.
 REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
 LOAD_S, LOAD_SILENT_S = 600.0, 60.0
 MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
@@ -83,7 +85,7 @@ class Recovery:
         self._member, self._part, self._held, self._pages, self._on_met = member, part, held, pages, on_met
         self.stages: Sequence[range] = ()
         self._begun: list[float] = []
-        self._load_ends = 0.0
+        self._load_ends = math.inf
 
     def recover(self, error: MeshError) -> None:
         """Meets the other ranks again after `error`; all but lost ones keep their weights.
@@ -91,7 +93,7 @@ class Recovery:
         Raises MeshError where a rank does not come within REFORM_S, or does not load within LOAD_S, or where
         the leader has lost ranks, or meeting has failed, `most` times in REFORM_WINDOW_S already.
         """
-        begin = time.monotonic()
+        begin, self._load_ends = time.monotonic(), math.inf
         # Steps become smaller each time that a rank has no memory for one, so that ends by itself. The others
         # come as often as their leader calls.
         counts = self._member.leads and not isinstance(error, MeetAgainError | RankMemoryError)
@@ -134,7 +136,7 @@ class Recovery:
             member.moved = held.places.moved
         self._part.release()
         member.reform(REFORM_S, self._may_lack)
-        self._load_ends = time.monotonic() + LOAD_S
+        self._load_ends = min(self._load_ends, time.monotonic() + LOAD_S)
         # A rank that is new must have room for as many pages as the others have allocated.
         if agree_on_pages(member, self._pages, self._waits) != self._pages:
             raise MeshError(
