@@ -12,7 +12,7 @@ does not sort either, but rejects tokens until one is kept, which needs other no
 (https://flashinfer.ai/2025/03/10/sampling.html).
 
 Legend: B rows of the batch, S rows that sample, V vocabulary, N blocks of BLOCK tokens, E blocks of one
-program, I tokens of a block, T tokens of one program, D bins.
+program, I tokens of a block, G groups of T tokens, or T tokens of one program, D bins.
 """
 
 import torch
@@ -34,10 +34,10 @@ STEP = tl.constexpr(2.0**-randomness.UNIFORM_BITS)
 # Blocks of one program, and tokens.
 EACH = tl.constexpr(16)
 TOKENS = tl.constexpr(EACH.value * BLOCK.value)
-# Bins of masses: four in an octave from 1 to 2^24, eight in one up to 2^40, where the thresholds of most rows
-# are. A bin is known by the upper bits of its float32, of which eighths of octaves differ in the last.
-BINS, COARSE_BINS = tl.constexpr(256), tl.constexpr(24 * 4)
-BIN_SHIFT, BIN_OF_1 = tl.constexpr(20), tl.constexpr(127 * 8)
+# Bins of masses: two in an octave from 1 to 2^24, four in one up to 2^40, where the thresholds of most rows
+# are. A bin is known by the upper bits of its float32, of which quarters of octaves differ in the last.
+BINS, COARSE_BINS = tl.constexpr(128), tl.constexpr(24 * 2)
+BIN_SHIFT, BIN_OF_1 = tl.constexpr(21), tl.constexpr(127 * 4)
 # Tallies of a row, int64: the masses in each bin; the mass of the row; the bits of float32 between which its
 # threshold lies; how many masses are listed, and the sum of those above.
 TOTAL, LOW, HIGH, LISTED, ABOVE, TALLIES = (tl.constexpr(BINS.value + each) for each in range(6))
@@ -109,15 +109,15 @@ def _sum_blocks(scores, stride, rows, peaks, temperatures, thresholds, tallies, 
 @triton.jit
 def _bin(mass):
     """The bin of a mass of at least 1."""
-    eighth = (mass.to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_OF_1
-    return tl.where(eighth < 2 * COARSE_BINS, eighth >> 1, eighth - COARSE_BINS)
+    quarter = (mass.to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_OF_1
+    return tl.where(quarter < 2 * COARSE_BINS, quarter >> 1, quarter - COARSE_BINS)
 
 
 @triton.jit
 def _least_bits(number):
     """The bits of the smallest mass of bin `number`."""
-    eighth = tl.where(number < COARSE_BINS, number * 2, number + COARSE_BINS)
-    return (eighth + BIN_OF_1) << BIN_SHIFT
+    quarter = tl.where(number < COARSE_BINS, number * 2, number + COARSE_BINS)
+    return (quarter + BIN_OF_1) << BIN_SHIFT
 
 
 @triton.jit
@@ -159,17 +159,22 @@ def _bound(limits, tallies, sums, vocabulary, BLOCK_N: tl.constexpr):
 def _list_masses(scores, stride, rows, peaks, temperatures, tallies, listed, vocabulary):
     """Lists the masses between a row's bounds, in any order, and sums those above."""
     place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v_T = part * TOKENS + tl.arange(0, TOKENS)
+    # In groups of 16, within which and over which it takes less than over all to count what stands before.
+    group_G = tl.arange(0, TOKENS // 16)
+    v_GT = part * TOKENS + group_G[:, None] * 16 + tl.arange(0, 16)[None, :]
     row, temperature = tl.load(rows + place), tl.load(temperatures + place)
-    mass_T = tl.floor(_weights(scores, stride, row, v_T, vocabulary, peaks, temperature))
+    mass_GT = tl.floor(_weights(scores, stride, row, v_GT, vocabulary, peaks, temperature))
     tallies += place * TALLIES
-    bits_T, high = mass_T.to(tl.int32, bitcast=True), tl.load(tallies + HIGH)
-    inside_T = ((bits_T >= tl.load(tallies + LOW)) & (bits_T < high)).to(tl.int32)
-    above_T = tl.where(bits_T >= high, mass_T, 0.0).to(tl.int64)
-    tl.atomic_add(tallies + ABOVE, tl.sum(above_T, axis=0), sem="relaxed")
-    begin = tl.atomic_add(tallies + LISTED, tl.sum(inside_T, axis=0).to(tl.int64), sem="relaxed")
-    to_T = listed + place * vocabulary + begin + tl.cumsum(inside_T, axis=0) - 1
-    tl.store(to_T, mass_T, mask=inside_T > 0)
+    low, high = tl.load(tallies + LOW).to(tl.int32), tl.load(tallies + HIGH).to(tl.int32)
+    bits_GT = mass_GT.to(tl.int32, bitcast=True)
+    above_GT = tl.where(bits_GT >= high, mass_GT, 0.0).to(tl.int64)
+    tl.atomic_add(tallies + ABOVE, tl.sum(above_GT), sem="relaxed")
+    inside_GT = ((bits_GT >= low) & (bits_GT < high)).to(tl.int32)
+    inside_G = tl.sum(inside_GT, axis=1)
+    begin = tl.atomic_add(tallies + LISTED, tl.sum(inside_G, axis=0).to(tl.int64), sem="relaxed")
+    before_G = tl.cumsum(inside_G, axis=0) - inside_G
+    to_GT = before_G[:, None] + tl.cumsum(inside_GT, axis=1) - 1
+    tl.store(listed + place * vocabulary + begin + to_GT, mass_GT, mask=inside_GT > 0)
 
 
 @triton.jit
@@ -253,13 +258,13 @@ def draw_tokens(scores_BV: Tensor, best: Likeliest, part: draw.Sampling, step: i
         tallies_SD = scores_BV.new_zeros(count, TALLIES.value, dtype=torch.int64)
         listed_SV = scores_BV.new_empty(count, vocabulary, dtype=torch.float32)
         thresholds_S1 = torch.empty_like(part.temperatures_S1)
-        _sum_blocks[grid](*scores, None, tallies_SD, sums_SN, vocabulary, num_warps=8)
+        _sum_blocks[grid](*scores, None, tallies_SD, sums_SN, vocabulary, num_warps=4)
         _bound[count,](keep.limits_S3, tallies_SD, sums_SN, vocabulary, BLOCK_N=padded, num_warps=8)
         _list_masses[grid](*scores, tallies_SD, listed_SV, vocabulary, num_warps=8)
         _find_thresholds[count,](
             keep.limits_S3, tallies_SD, listed_SV, thresholds_S1, vocabulary, num_warps=8
         )
-    _sum_blocks[grid](*scores, thresholds_S1, None, sums_SN, vocabulary, num_warps=8)
+    _sum_blocks[grid](*scores, thresholds_S1, None, sums_SN, vocabulary, num_warps=4)
     _choose[count,](
         *scores, thresholds_S1, best.failed_B, part.states_S1, part.indices_S1, sums_SN, out_B, vocabulary,
         step, BLOCK_N=padded, num_warps=4,
