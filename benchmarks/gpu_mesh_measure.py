@@ -21,7 +21,6 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.garbage import spare_loaded
 from moe_worker.mesh.member import Member
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -164,39 +163,22 @@ def tell(what: str, ours: float | None, unit: str, baseline: float | None = None
 
 
 def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, case: Case | None) -> None:
-    """Decode and prefill of one model."""
+    """Decode and prefill of one model; then the profiler, behind which each launch takes the host longer."""
     options = EngineOptions(
         device="cuda", max_batch_size=max(*arguments.batch, PREFILL_SEQUENCES),
         prefill_tokens=arguments.prefill_tokens, prefix_cache=False, target_step_ms=10_000,
     )  # fmt: skip
+    steps: dict[tuple[int, int], float] = {}
     for batch in arguments.batch:
         for micro_batches in {stages, 1} if batch > 1 else {1}:
-            name = f"decode, batch {batch}" + (
-                f", {micro_batches} micro-batches" if micro_batches > 1 else ""
+            rounds = sorted(
+                decode_ms(engine(loaded, options, batch, arguments.tokens, micro_batches), batch)
+                for _ in range(arguments.rounds)
             )
-
-            def run(tokens: int, batch: int = batch, micro: int = micro_batches) -> EngineCore:
-                return engine(loaded, options, batch, tokens, micro)
-
-            rounds = sorted(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
-            step = statistics.median(rounds)
+            step, name = statistics.median(rounds), decoding(batch, micro_batches)
+            steps[batch, micro_batches] = step
             tell(name, batch / step * 1e3, "tokens/s")
             tell(f"{name}: slowest of {len(rounds)} rounds", batch / rounds[-1] * 1e3, "tokens/s")
-            if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
-                continue
-            kernels = profiled(run(24), batch)
-            spare_loaded()  # or collecting what the profiler leaves takes 50 ms of a later round
-            tell(f"{name}: step", step, "ms")
-            bubble = 1 - kernels.busy / kernels.whole
-            tell(f"{name}: bubble of rank 0", bubble, "share of a profiled step")
-            if case is None:
-                continue
-            tell(f"{name}: kernels of NCCL on rank 0 in a step", kernels.nccl, "ms")
-            hidden = 1 - kernels.exposed / kernels.nccl
-            tell(f"{name}: overlap of NCCL with other kernels of rank 0", hidden, "share of its time")
-            tell(f"{name}: kernels that pack and unpack tokens in a step", kernels.packing, "ms")
-            if stages == 1:
-                tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
     for tokens in (arguments.prefill_tokens, 4096, 2048):
         small = EngineOptions(
             device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=tokens, prefix_cache=False,
@@ -210,6 +192,32 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             continue
         rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1, prompt=None)) for _ in range(3)]
         tell(f"{what}, prompts of {UNEVEN[0]} to {UNEVEN[-1]}", max(rates), "tokens/s")
+    for (batch, micro_batches), step in steps.items():
+        if batch in {arguments.batch[0], *arguments.batch[-2:]}:
+            kernels = profiled(engine(loaded, options, batch, 24, micro_batches), batch)
+            tell_kernels(decoding(batch, micro_batches), kernels, step, batch, stages, case)
+
+
+def decoding(batch: int, micro_batches: int) -> str:
+    """The name of a figure."""
+    return f"decode, batch {batch}" + (f", {micro_batches} micro-batches" if micro_batches > 1 else "")
+
+
+def tell_kernels(
+    name: str, kernels: Kernels, step: float, batch: int, stages: int, case: Case | None
+) -> None:
+    """step: milliseconds, without the profiler."""
+    tell(f"{name}: step", step, "ms")
+    bubble = 1 - kernels.busy / kernels.whole
+    tell(f"{name}: bubble of rank 0", bubble, "share of a profiled step")
+    if case is None:
+        return
+    tell(f"{name}: kernels of NCCL on rank 0 in a step", kernels.nccl, "ms")
+    hidden = 1 - kernels.exposed / kernels.nccl
+    tell(f"{name}: overlap of NCCL with other kernels of rank 0", hidden, "share of its time")
+    tell(f"{name}: kernels that pack and unpack tokens in a step", kernels.packing, "ms")
+    if stages == 1:
+        tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
 
 
 def check(case: Case) -> None:
