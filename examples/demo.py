@@ -53,17 +53,19 @@ def main() -> int:
     argparse.ArgumentParser(
         "make demo", "make demo [KEEP=1] [MESH=2x2]", __doc__, formatter_class=form
     ).parse_args()
+    try:
+        check(os.environ)
+    except DemoError as error:  # nothing has started, so nothing is to be stopped
+        return _fail(error)
     cluster, keep = Cluster(), os.environ.get("KEEP") == "1"
     started = time.monotonic()
     found_running = cluster.is_running()
     made: list[str] = []
     try:
-        check(os.environ)
         run(cluster, made, found_running=found_running, keep=keep)
         console.print(f"\n[bold]Done[/] in {time.monotonic() - started:.0f} s.")
     except (DemoError, LocalClusterError) as error:
-        console.print(f"\n[red]error:[/] {escape(str(error))}")
-        return 1
+        return _fail(error)
     except KeyboardInterrupt:
         console.print("\nstopped")
         return 130
@@ -72,6 +74,11 @@ def main() -> int:
             clean_up(cluster, made, found_running=found_running)
     what_next(cluster, kept=keep)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    console.print(f"\n[red]error:[/] {escape(str(error))}")
+    return 1
 
 
 def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -> None:

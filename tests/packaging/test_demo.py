@@ -23,4 +23,5 @@ def test_what_has_no_meaning_is_refused_at_once(words, variables, sentence, code
     )  # fmt: skip
     assert sentence in done.stdout + done.stderr
     assert "==>" not in done.stdout
+    assert "stopped" not in done.stdout, "another command may be starting a cluster here"
     assert done.returncode == code
