@@ -85,6 +85,13 @@ def test_weights_of_all_sizes_lie_in_huge_pages_that_small_ones_share():
     assert len(pages) << 21 < 1.25 * 40 * 1_200_000
 
 
+def test_small_weights_may_be_packed_in_inference_mode_and_outside():
+    with torch.inference_mode():
+        aligned_bytes((1 << 21) - 1)  # the next one needs a page
+        aligned_bytes(1_000).fill_(1)
+    aligned_bytes(1_000).fill_(2)
+
+
 def test_a_variant_that_this_cpu_cannot_run_is_refused_by_name():
     with pytest.raises(SettingsError, match="cannot run the kernels for sse9"):
         library.Kernels("sse9")

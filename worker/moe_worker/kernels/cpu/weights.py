@@ -254,6 +254,7 @@ def _huge_pages(size: int) -> Tensor:
     area = mmap(-1, size + _HUGE_PAGE, MAP_PRIVATE)
     with suppress(OSError):  # a kernel without huge pages, which only save time
         area.madvise(_MADV_HUGEPAGE)
-    room = torch.frombuffer(area, dtype=torch.uint8)
+    with torch.inference_mode(mode=False):  # small weights share it, whoever packs them
+        room = torch.frombuffer(area, dtype=torch.uint8)
     start = -room.data_ptr() % _HUGE_PAGE
     return room[start : start + size]
