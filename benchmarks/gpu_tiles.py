@@ -171,7 +171,7 @@ def make_experts(
 
     def experts(tile: Tile | None) -> None:
         if tile is None:
-            tile = getattr(expert_tiles(tokens, kind), name)
+            tile = getattr(expert_tiles(tokens, kind, tokens * PER_TOKEN / EXPERTS), name)
         if tile.m not in sorted_blocks:
             sorted_blocks[tile.m] = sort_by_expert(chosen, counts, tile.m)
         blocks = sorted_blocks[tile.m]

@@ -614,6 +614,26 @@ def test_experts(number_format, tokens, wanted, inner):
     assert difference(residual, expected.sum(dim=1)) < tolerance
 
 
+@pytest.mark.parametrize("inner", [128, 192])
+def test_blocks_that_are_half_empty_or_not_give_the_same(inner):
+    width, rows_of = 256, (100, 70, 20)
+    x = quantized(randn(sum(rows_of), width))
+    [gate_up, down] = (
+        packed_and_plain(randn(len(rows_of), *sizes) / 16, "w4a8")[0]
+        for sizes in ((2 * inner, width), (width, inner))
+    )
+    counts = torch.tensor(rows_of, dtype=torch.int32, device=DEVICE)
+    chosen = torch.arange(3, device=DEVICE).repeat_interleave(counts)[torch.randperm(sum(rows_of))]
+    chosen, shares = chosen.int()[:, None], torch.rand(sum(rows_of), 1, device=DEVICE)
+    found = []
+    for mean, size in ((0, 32), (experts.MANY_ROWS + 1, 64)):
+        cut = experts.expert_tiles(sum(rows_of), "w4a8", mean)
+        assert cut.rows == size
+        blocks = experts.sort_by_expert(chosen, counts, size)
+        found.append(experts.experts_packed(x, gate_up, down, blocks, shares, cut))
+    assert torch.equal(*found)
+
+
 def test_the_second_product_waits_for_the_first():
     """On a GPU it starts early; the memory of the hidden values holds those of other tokens before."""
     count, width, inner, tokens = (4, 256, 128, 20) if INTERPRETED else (24, 2048, 1408, 256)

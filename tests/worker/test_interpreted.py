@@ -22,7 +22,7 @@ CHOSEN = {
         " or (attention and 6-8-counts1-4) or (experts and 64-40 and (narrow or bf16 or w4a8)) or likeliest"
         " or (expanded and (INT8-3-64 or INT8-4-48)) or (no_whole_pieces and INT8)"
         " or (parts and w4a16-1) or fp8_weights or packed_sparse or their_order"
-        " or (sparse and (1-384 or 1-256))"
+        " or (sparse and (1-384 or 1-256)) or (half_empty and 128)"
         " or nearest or (weights_in_e4m3 and 256) or linear_in_e4m3"
     ),
     ENGINE: "nobody or counted",

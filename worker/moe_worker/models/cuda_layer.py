@@ -236,7 +236,8 @@ class CudaLayer:
             gate_up, down = (
                 to_int4(each) if isinstance(each, PackedSparse14) else each for each in (gate_up, down)
             )
-        tiles = expert_tiles(tokens, None if isinstance(gate_up, Tensor) else gate_up.kind)
+        mean = tokens * per_token / counts_A.shape[0]
+        tiles = expert_tiles(tokens, None if isinstance(gate_up, Tensor) else gate_up.kind, mean)
         blocks = sort_by_expert(experts_TK, counts_A, tiles.rows)
         if not (isinstance(gate_up, Tensor) or isinstance(down, Tensor)):
             rows_MD = experts_packed(x, gate_up, down, blocks, weights_TK, tiles)

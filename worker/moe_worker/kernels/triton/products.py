@@ -199,6 +199,28 @@ def dot_int4_group(
 
 
 @triton.jit
+def dot_int4_group_of_many(
+    acc_NM, packed_base, scale_base, x_base, x_scale_base, group, rows_N, token_M,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """As `dot_int4_group` with int8 values and whole groups, for 64 tokens, whose sums fill the registers.
+
+    It takes few of them: offsets are unsigned, so that addresses need no arithmetic of 64 bits, scales of
+    weights are read behind the product, and tokens of padding are multiplied, for which all programs read the
+    same one: with fewer tokens, of which more are padding, that takes longer.
+    """
+    j, k = tl.arange(0, 64), tl.arange(0, 128)
+    x_kM = tl.load(x_base + group * 128 + (token_M[None, :] * INPUTS + k[:, None]).to(tl.uint32))
+    scale_M = tl.load(x_scale_base + group + (token_M * (INPUTS // 128)).to(tl.uint32))
+    at_Nj = (rows_N[:, None] * 64 + j[None, :]).to(tl.uint32)
+    packed = tl.load(packed_base + group * (OUTPUTS * 64) + at_Nj)
+    weight_Nk = _side_by_side(unpack_low(packed), unpack_high(packed))
+    sums = tl.dot(weight_Nk, x_kM, out_dtype=tl.int32).to(tl.float32)
+    scale_N = tl.load(scale_base + group * OUTPUTS + rows_N.to(tl.uint32)) * 0.0625
+    return acc_NM + sums * (scale_N[:, None] * scale_M[None, :])
+
+
+@triton.jit
 def dot_sparse14_group(
     acc_NM, packed_base, x_base, x_scale_base, first, at, rows_N, token_M, mask_M, scale_N,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, SECOND: tl.constexpr,
@@ -247,7 +269,7 @@ def dot_fp8_group(
 def dot_group(
     acc_NM, weight_base, scale_base, x_base, x_scale_base, first, rows_N, token_M, mask_M,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr, TURN: tl.constexpr, AT: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, AT: tl.constexpr, MANY: tl.constexpr = False,
 ):  # fmt: skip
     """Adds the products of one group of 128 inputs, group AT of an iteration that begins with group `first`;
     x has INPUTS columns, of int8 or bf16.
@@ -258,7 +280,11 @@ def dot_group(
     group = first + AT
     at = group if GROUPS % TURN == 0 else tl.minimum(group, GROUPS - 1)
     scale_N = tl.load(scale_base + at * OUTPUTS + rows_N)
-    if KIND == "s14":
+    if MANY and KIND == "w4a8" and PIECE == 128 and INPUTS % 128 == 0 and GROUPS % TURN == 0:
+        acc_NM = dot_int4_group_of_many(
+            acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, OUTPUTS, INPUTS
+        )
+    elif KIND == "s14":
         acc_NM = dot_sparse14_group(
             acc_NM, weight_base, x_base, x_scale_base, first, at, rows_N, token_M, mask_M, scale_N,
             OUTPUTS, GROUPS, INPUTS, AT,
@@ -279,7 +305,7 @@ def dot_group(
 def add_product(
     acc_NM, weight_base, scale_base, x_base, x_scale_base, rows_N, token_M, mask_M,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr, MANY: tl.constexpr = False,
 ):  # fmt: skip
     """acc + the products of all groups, TURN of them in an iteration.
 
@@ -289,6 +315,6 @@ def add_product(
         for i in tl.static_range(TURN):
             acc_NM = dot_group(
                 acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
-                OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN, i,
+                OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN, i, MANY,
             )  # fmt: skip
     return acc_NM
