@@ -57,6 +57,26 @@ steps:
         (HEAD + "steps: [{finetune: {steps: 0}}]", "finetune: steps is 0, which changes nothing; give 1"),
         *(
             (
+                HEAD + f"steps: [{{{kind}: {{steps: 0, {key}: {value}}}}}]",
+                f"{key} has no effect in 0 steps; give",
+            )
+            for kind, key, value in (
+                ("prune", "teacher", "other"),
+                ("quantize", "teacher", "other"),
+                ("sparsify", "dense_share", 0.1),
+                ("sparsify", "saliency", "gradient"),
+            )
+        ),
+        (
+            HEAD + "steps: [{finetune: {steps: 1, teacher: other, teacher_share: 0}}]",
+            "teacher has no effect where teacher_share and hidden_share are 0; give one",
+        ),
+        (
+            HEAD + "steps: [{sparsify: {steps: 1, group: 64}}]",
+            "group has no effect where w4a8_share is 0; set it, or leave group out",
+        ),
+        *(
+            (
                 HEAD + f"steps: [{{{kind}: {{steps: 1, {key}: 1}}}}]",
                 rf"steps\[0\].{kind}: {key} has no effect without a teacher; set teacher",
             )

@@ -22,6 +22,7 @@ _RANGES = RANGES | dict.fromkeys(
 PATTERNS = tuple(name for name in SPARSITIES if name != "none")
 _CHOICES = {"optimizer": OPTIMIZERS, "pattern": PATTERNS, "saliency": SALIENCIES}
 _OF_TEACHER = ("teacher_share", "teacher_top", "hidden_share")
+_OF_TRAINING = ("teacher", "dense_share", "shrink_share", "saliency")
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,17 @@ def _check_effect(what: Finetune, given: dict[str, Any], where: str) -> None:
         raise SettingsError(
             f"{where}: {unused[0]} has no effect without a teacher; set teacher, or leave it out"
         )
+    if not what.steps and (unused := [key for key in _OF_TRAINING if given.get(key) is not None]):
+        raise SettingsError(
+            f"{where}: {unused[0]} has no effect in 0 steps; give more steps, or leave it out"
+        )
+    if what.teacher is not None and not what.teacher_share and not what.hidden_share:
+        raise SettingsError(
+            f"{where}: teacher has no effect where teacher_share and hidden_share are 0; give one, or "
+            "leave it out"
+        )
+    if isinstance(what, Sparsify) and "group" in given and not what.w4a8_share:
+        raise SettingsError(f"{where}: group has no effect where w4a8_share is 0; set it, or leave group out")
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:
