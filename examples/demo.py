@@ -247,7 +247,8 @@ def what_next(cluster: Cluster, *, kept: bool) -> None:
     """Says what to try."""
     here = cluster.directory.relative_to(ROOT)
     if not kept:
-        console.print("\nTo keep it running and look around: [bold]make demo KEEP=1[/]")
+        mesh = f" MESH={os.environ['MESH']}" if os.environ.get("MESH") else ""
+        console.print(f"\nTo keep it running and look around: [bold]make demo KEEP=1{mesh}[/]")
         return
     console.print(
         f"""

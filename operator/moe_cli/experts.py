@@ -36,7 +36,7 @@ def experts(endpoint: Endpoint, model: str, timeout: float, top: int) -> None:
 
     \b
     Workers have no Service:
-      kubectl port-forward pod/NAME-0-0 8000 && moe experts --tls-folder FOLDER
+      kubectl port-forward pod/NAME-0-0 8000 & moe experts --tls-folder FOLDER
     With the files of the namespace's Secret moe-internal-frontend in FOLDER (docs/security.md); a worker
     without mutual TLS is asked without it.
     """
