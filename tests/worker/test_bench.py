@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from moe_worker.engine.core import EngineCore
 from moe_worker.main import main
 from tests.worker.test_command import run
 
@@ -47,6 +48,20 @@ def test_the_table_has_a_line_for_each_batch(endless, here):
     assert "\r" not in errors
 
 
+def test_it_samples_at_the_temperature_that_it_is_given(endless, here, monkeypatch):
+    seen = set()
+
+    def submit(self, request):
+        seen.add(request.sampling.temperature)
+        return plain(self, request)
+
+    plain = EngineCore.submit
+    monkeypatch.setattr(EngineCore, "submit", submit)
+    flags = ("--batch", 2, "--prompt", 4, "--tokens", 3, "--rounds", 1, "--threads", 1)
+    here("bench", "--model", endless, *flags, "--temperature", 0.7)
+    assert seen == {0.7}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -54,6 +69,7 @@ def test_the_table_has_a_line_for_each_batch(endless, here):
         (["--plot", "/nowhere/x.png"], "directory /nowhere does not exist"),
         (["--plot", "x.docx"], "must end in .png, .pdf or .svg"),
         (["--batch", "0"], "0 is not in the range x>=1"),
+        (["--temperature", "-1"], "-1.0 is not in the range 0<=x<=2.0"),
     ],
 )
 def test_what_cannot_be_measured_is_said_first(endless, here, flags, sentence):

@@ -12,6 +12,7 @@ from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.engine.loading import LoadedModel, load
 from moe_worker.errors import SettingsError
 from moe_worker.progress import bar
+from moe_worker.sampling.parameters import MAX_TEMPERATURE
 
 PICTURES = (".png", ".pdf", ".svg")
 HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
@@ -37,6 +38,13 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
     type=click.IntRange(1),
     help="Rounds; the figures are medians over them.",
 )
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, MAX_TEMPERATURE),
+    help="0: the likeliest token each time (greedy); above 0 tokens are sampled.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
 @click.option(
@@ -53,12 +61,13 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
     help="Write throughput against latency here. Default: no picture.",
 )
 @click.option("--json", "as_lines", is_flag=True, help="Print one JSON object a batch size, no table.")
-def bench(
+def bench(  # noqa: PLR0913, PLR0917 - one for each option
     model: Path,
     batches: tuple[int, ...],
     prompt: int,
     tokens: int,
     rounds: int,
+    temperature: float,
     picture: Path | None,
     as_lines: bool,
     **options: int | str | None,
@@ -76,7 +85,8 @@ def bench(
     asked = EngineOptions(context_length=prompt + tokens, prefix_cache=False, **options)  # type: ignore[arg-type]
     settings = replace(asked, max_batch_size=max(batches), prefill_tokens=max(prompt, asked.prefill_tokens))
     loaded = load(model, settings, progress=True)
-    results = _measure_all(loaded, settings, Workload(prompt, tokens, rounds), sorted(set(batches)))
+    work = Workload(prompt, tokens, rounds, temperature)
+    results = _measure_all(loaded, settings, work, sorted(set(batches)))
     for line in [json.dumps(as_json(result)) for result in results] if as_lines else _table(results):
         click.echo(line)
     if picture is not None:

@@ -16,11 +16,15 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 @dataclass(frozen=True)
 class Workload:
-    """The load: `prompt` tokens in and `tokens` out for each sequence of a batch."""
+    """The load: `prompt` tokens in and `tokens` out for each sequence of a batch.
+
+    temperature: 0 is greedy.
+    """
 
     prompt: int
     tokens: int
     rounds: int
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ def _round(core: EngineCore, load: Workload, batch: int, seed: int) -> tuple[flo
 def _requests(core: EngineCore, load: Workload, batch: int, seed: int) -> Sequence[Request]:
     """Prompts without common prefixes, with end-of-text tokens ignored."""
     rng = random.Random(seed)  # noqa: S311 - a workload, no secret
-    sampling = SamplingParameters(max_tokens=load.tokens, ignore_eos=True)
+    sampling = SamplingParameters(load.tokens, load.temperature, ignore_eos=True)
     return [
-        Request(number, tuple(rng.choices(range(core.vocab_size), k=load.prompt)), sampling, seed=0)
+        Request(number, tuple(rng.choices(range(core.vocab_size), k=load.prompt)), sampling, seed=number)
         for number in range(batch)
     ]
