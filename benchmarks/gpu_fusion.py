@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import need_gpu
 from benchmarks.gpu_decode import FORMATS, row
 from benchmarks.gpu_random import LARGE, random_model
-from moe_worker.bench.fusion import Operators, kernels_of
+from moe_worker.bench.fusion import Operators, eager_step, kernels_of
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import DecodeGraphs
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    need_gpu(parser, "`moe-worker explain MODEL --fusion` counts on a CPU, too")
     kernels, operators = unfused("cuda", LARGE)
     for name in args.formats:
         ours = fused(FORMATS[name])
@@ -55,17 +57,13 @@ def unfused(device: str, shape: dict[str, Any]) -> tuple[int, int]:
                 config, attn_implementation="eager", experts_implementation="eager", dtype=torch.bfloat16
             ).eval()
         tokens = torch.arange(16, device=device)[None] + 2
-        cache = model(tokens, use_cache=True).past_key_values
-
-        def step(model: Any = model, cache: Any = cache) -> None:
-            model(torch.tensor([[5]], device=device), past_key_values=cache, use_cache=True)
-
+        step = eager_step(model, tokens, torch.tensor([[5]], device=device))
         step()
         kernels.append(kernels_of(step) if device == "cuda" else 0)
         with Operators() as seen:
             step()
         operators.append(seen.count)
-        del model, cache
+        del model, step
     return kernels[1] - kernels[0], operators[1] - operators[0]
 
 

@@ -30,6 +30,7 @@ def test_a_native_step_is_one_call_for_all_layers(checkpoint):
     )
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_plain_torch_is_not_fused(checkpoint):
     found = fusion(checkpoint, "dense")
     assert found.ours > found.unfused / 4

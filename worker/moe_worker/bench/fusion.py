@@ -122,6 +122,15 @@ def _eager(directory: Path, device: torch.device) -> Any:
         return make(config, trust_remote_code=False, **options).eval()
 
 
+def eager_step(model: Any, prompt: torch.Tensor, token: torch.Tensor) -> Callable[[], object]:
+    """A decode step of a model of transformers behind a prompt, which is computed at once."""
+    found = model(prompt, use_cache=True)
+    # transformers 5.24 warns of the old name, which 5.17 has alone.
+    name = "cache" if "cache" in found else "past_key_values"
+    cached = {name: found[name]}
+    return lambda: model(token, use_cache=True, **cached)
+
+
 def _unfused(directory: Path, loaded: LoadedModel) -> int | str:
     """Launches of the same step in transformers; a sentence where there is none."""
     if loaded.config.parameters_total > MOST_PARAMETERS:
@@ -134,12 +143,7 @@ def _unfused(directory: Path, loaded: LoadedModel) -> int | str:
         return f"the eager model was not counted: this transformers cannot make it ({one_line(str(error))})"
     with torch.device(loaded.device):
         tokens = torch.arange(2, 2 + PROMPT)[None]
-        cached = model(tokens, use_cache=True).past_key_values
-        token = tokens[:, :1]
-
-    def step() -> object:
-        return model(token, past_key_values=cached, use_cache=True)
-
+    step = eager_step(model, tokens, tokens[:, :1])
     step()
     if loaded.device.type == "cuda":
         return kernels_of(step)

@@ -55,7 +55,7 @@ _DENSE = ("fp32", "bf16")
 _KERNELS = frozenset({("w4a8", "cpu"), *((each, "cuda") for each in ("bf16", "fp8", "w4a16", "w4a8"))})
 # Where temperature is above 0; otherwise the likeliest token is searched for (kernels.likeliest).
 _SAMPLING = {
-    "cpu": (REFERENCE, "kernels.draw.draw_plain", "there are no kernels for it on cpu"),
+    "cpu": (REFERENCE, "kernels.draw.draw_plain", "there are no sampling kernels for cpu"),
     "cuda": (TRITON, "kernels.triton.draw.draw_tokens", "this is a CUDA device"),
 }
 _LOCAL, _SPREAD = "moe.dispatch.LocalDispatch.scatter", "mesh.dispatch.AllToAllDispatch.scatter"
