@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import positive, run
 from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import FORMATS, EngineOptions
 from moe_worker.engine import gpu, loading
@@ -39,9 +40,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--format", choices=FORMATS, default="w4a8")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--context", type=positive, default=4096)
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--once", action="store_true", help="one load in this process (used by itself)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -169,4 +170,4 @@ def tell(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

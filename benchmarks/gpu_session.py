@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.commands import need_gpu
+
 ROOT = Path(__file__).parents[1]
 PYTEST = "{python} -m pytest --noconftest -p no:cacheprovider -q"
 MOE = "{python} -m moe_worker"
@@ -110,10 +112,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="one or more of --list")
-    parser.add_argument("--out", type=Path, default=Path("gpu-session"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-session"), help="folder of what the parts print"
+    )
     parser.add_argument("--text", type=Path, default=ROOT / "README.md", help="what `quality` scores")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU")
+    parser.add_argument("--list", action="store_true", help="print the parts and their questions")
     args = parser.parse_args()
     args.out = args.out.absolute()
     if unknown := set(args.parts) - PARTS.keys():
@@ -122,6 +126,8 @@ def main() -> None:
         for name, part in PARTS.items():
             print(f"{name:8} {part.seconds:4} s at most   {part.question}")
         return
+    if not args.tiny:
+        need_gpu(parser, "--tiny tries the commands on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "text.txt").write_bytes(args.text.read_bytes()[: 4_000 if args.tiny else 300_000])
     failed = [name for name in args.parts if not run(name, args)]

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.commands import need_gpu, positive
 from benchmarks.gpu_random import LARGE, random_model
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton import linear as linear_kernels
@@ -57,16 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[1, 16, 64, 256])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--few", action="store_true", help="kernels without tensor cores and the others")
     parser.add_argument("--sparse", action="store_true", help="experts with 1:4 sparse weights, too")
     parser.add_argument("--wide", action="store_true", help="experts over dequantized weights, too")
     parser.add_argument("--layer", action="store_true", help="each kernel of a layer")
     parser.add_argument("--attention", action="store_true", help="attention by its number of KV splits")
-    parser.add_argument("--top", type=int, default=4)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--top", type=positive, default=4, help="tilings that are printed")
+    parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    need_gpu(parser)
     cases = [(name, tokens) for tokens in args.tokens for name in args.cases]
     jobs = [(case, tile) for case in cases for tile in candidates(case)]
     context = multiprocessing.get_context("spawn")

@@ -28,6 +28,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from benchmarks.commands import need_gpu, positive, run
 from benchmarks.gpu_random import LARGE, SMALL
 from benchmarks.random_loaded import PAGE, random_loaded
 from benchmarks.serving import running
@@ -211,9 +212,9 @@ def main() -> None:
     parser.add_argument("--format", default="auto", help="of the served checkpoint")
     parser.add_argument("--kv-memory", default="1400Mi", help="of the worker")
     parser.add_argument("--offload", nargs="+", default=["0", "16Gi"], help="CPU memory of each worker")
-    parser.add_argument("--length", type=int, default=SERVED_TOKENS, help="of the served prompts")
-    parser.add_argument("--vocabulary", type=int, default=100_000, help="of the served prompts")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096, 16384])
+    parser.add_argument("--length", type=positive, default=SERVED_TOKENS, help="of the served prompts")
+    parser.add_argument("--vocabulary", type=positive, default=100_000, help="of the served prompts")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[256, 1024, 4096, 16384])
     parser.add_argument("--small", action="store_true", help="a small random model, also on a CPU")
     given = parser.parse_args()
     if given.checkpoint is not None:
@@ -224,6 +225,8 @@ def main() -> None:
         for each in given.offload:
             serve(given, each)
         return
+    if not given.small:
+        need_gpu(parser, "--small takes a small model on a CPU")
     if given.small:
         torch.set_num_threads(1)  # as the engine does for small models
     options = EngineOptions("cuda" if torch.cuda.is_available() else "cpu", max_batch_size=STREAMS)
@@ -236,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

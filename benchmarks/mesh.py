@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.commands import mesh_name, run
 from benchmarks.mesh_balance import TEXTS, balance_rows
 from benchmarks.mesh_model import simulated_rows
 from benchmarks.mesh_running import BATCH, Moves, Steps, measure, measure_moves
@@ -46,15 +47,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "examples" / "docs-moe")
-    parser.add_argument("--meshes", default=f"{ONE_PROCESS},1x2,2x1,2x2")
+    parser.add_argument(
+        "--meshes", type=mesh_names, default=[ONE_PROCESS, "1x2", "2x1", "2x2"], metavar="1x2,2x1,..."
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rebalance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument(
+        "--rebalance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure steps while experts move",
+    )
+    parser.add_argument(
+        "--balance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="simulate how evenly experts load ranks",
+    )
+    parser.add_argument("--short", action="store_true", help="few steps")
     given = parser.parse_args()
     size = SHORT if given.short else FULL
     show(load_row("before"), given.json)
-    for each in measured(given.model, given.meshes.split(","), size.steps):
+    for each in measured(given.model, given.meshes, size.steps):
         show(each, given.json)
     if given.rebalance:
         for each in moves_rows(measure_moves(given.model, size.rounds, size.tokens, size.interval_s)):
@@ -64,6 +77,10 @@ def main() -> None:
         show(each, given.json)
     for each in simulated_rows():
         show(each, given.json)
+
+
+def mesh_names(text: str) -> list[str]:
+    return [mesh_name(each) for each in text.split(",")]
 
 
 def show(row: Row, as_json: bool) -> None:
@@ -142,4 +159,4 @@ def percentile(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import run
 from moe_worker.mesh.placement import Topology, imbalance, placement
 
 ROOT = Path(__file__).parents[1]
@@ -92,4 +93,4 @@ def recorded_windows(model: Path, texts: Sequence[Path], most_windows: int) -> I
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

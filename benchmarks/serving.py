@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import simulated
+from benchmarks.commands import positive, run
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel, load
@@ -107,15 +108,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--streams", type=int, nargs="+", default=[64])
-    parser.add_argument("--clients", type=int, default=1, help="client processes, a connection each")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="of a stream")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--long", type=int, default=4096)
+    parser.add_argument("--streams", type=positive, nargs="+", default=[64])
+    parser.add_argument("--clients", type=positive, default=1, help="client processes, a connection each")
+    parser.add_argument("--prompt", type=positive, default=64)
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[64], help="of a stream")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--long", type=positive, default=4096)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--format", default="auto")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=positive)
     parser.add_argument("--simulated", action="store_true", help="steps that only take a GPU's time")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -276,4 +277,4 @@ def report(what: str, ours: float, peer: float | None, unit: str, device: str, a
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

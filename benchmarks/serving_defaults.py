@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.commands import need_gpu, positive, run
 from benchmarks.gpu_random import LARGE, SMALL
 from benchmarks.random_loaded import random_loaded
 from moe_worker.config.engine import EngineOptions
@@ -36,15 +37,17 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--format", default="w4a8")
-    parser.add_argument("--prefill-tokens", type=int, nargs="+", default=[2048, 512, 8192, 16384])
+    parser.add_argument("--prefill-tokens", type=positive, nargs="+", default=[2048, 512, 8192, 16384])
     parser.add_argument("--target-ms", type=float, nargs="+", default=[50, 10, 25, 10_000])
     parser.add_argument("--rates", type=float, nargs="+", default=[4, 16, 32], help="requests a second")
-    parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--requests", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--prompt", type=positive, default=1024)
+    parser.add_argument("--tokens", type=positive, default=128)
+    parser.add_argument("--requests", type=positive, default=128)
+    parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.device == "cuda":
+        need_gpu(parser, "--device cpu tries the command with a small model")
     loaded = model(args)
     for rate in args.rates:
         first: dict[str, float] = {}
@@ -119,4 +122,4 @@ def report(what: str, ours: float, peer: float, unit: str, args: argparse.Namesp
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

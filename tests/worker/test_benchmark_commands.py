@@ -1,0 +1,67 @@
+"""Benchmarks that cannot run say why in one sentence, before they compute anything."""
+
+import importlib
+import sys
+
+import pytest
+
+from benchmarks.commands import run
+from moe_worker.errors import SettingsError
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the command of a benchmark; its exit code and the last line of what it printed."""
+
+    def call(name, *arguments):
+        if name != "mesh":
+            pytest.importorskip("triton")
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"benchmarks.{name}").main()
+        return ended.value.code, capsys.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpu_decode",
+        "gpu_fusion",
+        "gpu_mesh",
+        "gpu_session load",
+        "gpu_tiles",
+        "kv_offload",
+        "serving_defaults",
+    ],
+)
+def test_those_for_gpus_say_that_there_is_none(command, monkeypatch, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, line = command(*name.split())
+    assert code == 2
+    assert "needs a CUDA GPU" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("gpu_decode", ["--batch", "0"], "argument --batch: '0' is no whole number above 0"),
+        ("gpu_mesh", ["--mesh", "0x2"], "mesh '0x2' is no shape; write PIPELINExEXPERT"),
+        ("mesh", ["--meshes", "1x2,x"], "mesh 'x' is no shape"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(command, name, arguments, sentence):
+    code, line = command(name, *arguments)
+    assert code == 2
+    assert sentence in line
+
+
+def test_an_error_for_the_user_has_no_traceback(capsys):
+    def fails():
+        raise SettingsError("device cuda is not available; use cpu")
+
+    with pytest.raises(SystemExit) as ended:
+        run(fails)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: device cuda is not available; use cpu\n"
