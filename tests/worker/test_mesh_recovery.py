@@ -17,8 +17,8 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh import channel as channel_module
+from moe_worker.mesh import exchange, part, recovery
 from moe_worker.mesh import member as member_module
-from moe_worker.mesh import part, recovery
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
@@ -192,7 +192,7 @@ def test_a_rank_may_read_experts_for_longer_than_an_exchange_may_wait(tmp_path, 
 def test_a_new_rank_of_a_mesh_that_serves_without_another_finds_experts_among_those_present():
     routing = SimpleNamespace(groups=1)
     moe = SimpleNamespace(routed=6, routing=routing)
-    config = SimpleNamespace(moe=moe, num_hidden_layers=1, dense_layers=())
+    config = SimpleNamespace(moe=moe, num_hidden_layers=1, moe_layers=(0,))
     member = SimpleNamespace(shape=MeshShape(1, 3), column=1, number=0, group=None, columns=lambda _: [0, 1])
     places = ExpertPlaces(config, 3, 6)
     stage = part.stage_of(config, member, range(1), places, torch.device("cpu"))
@@ -391,3 +391,18 @@ def test_a_lost_cache_is_computed_again():
     assert (scheduler.used_pages, scheduler.cached_pages, scheduler.free_pages) == (0, 0, 16)
     chunk = scheduler.plan(2.0).step.chunks[0]
     assert (chunk.start, list(chunk.tokens), chunk.samples) == (0, [*range(10), 50], True)
+
+
+def test_a_lost_connection_is_told_without_the_advice_of_its_library(monkeypatch):
+    def lost(*_, **__):
+        raise RuntimeError(
+            "[/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16269: Connection timed out. "
+            "This is typically caused by a remote worker hanging or bugs in the application.\nGLHF!"
+        )
+
+    monkeypatch.setattr("torch.distributed.send", lost)
+    with pytest.raises(RankLostError) as told:
+        exchange.send(torch.zeros(1), 2)
+    assert str(told.value) == (
+        "rank 2: connection lost: Read error [127.0.0.1]:16269: Connection timed out; see its log"
+    )

@@ -102,7 +102,7 @@ class FakeHeld:
 def places_of(ranks=2, redundant=0, experts=8, layers=3):
     routing = SimpleNamespace(groups=1)
     config = SimpleNamespace(
-        moe=SimpleNamespace(routed=experts, routing=routing), num_hidden_layers=layers, dense_layers={0}
+        moe=SimpleNamespace(routed=experts, routing=routing), moe_layers=tuple(range(1, layers))
     )
     return ExpertPlaces(config, ranks, redundant)
 

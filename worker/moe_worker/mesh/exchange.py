@@ -1,6 +1,7 @@
 """Moving tensors between ranks; what torch.distributed raises becomes a sentence."""
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from moe_worker.mesh.errors import RankLostError
 from moe_worker.models.memory import lack_of_memory
+
+_SOURCE = re.compile(r"^\[\S+\.cc:\d+\] ")
 
 
 def send(x: Tensor, rank: int) -> None:
@@ -100,4 +103,9 @@ def _reached(who: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RankLostError(f"{who}: connection lost: {error}; start all ranks again") from error
+        raise RankLostError(f"{who}: connection lost: {_short(error)}; see its log") from error
+
+
+def _short(error: Exception) -> str:
+    """Without the place in gloo's source and its advice for developers."""
+    return _SOURCE.sub("", " ".join(str(error).split()).partition(". This is typically")[0])

@@ -100,7 +100,10 @@ class Recovery:
         while True:
             if counts:
                 self._count(error)
-            log.warning("rank %d meets the others again: %s", self._member.rank, error)
+            log.warning(
+                "rank %d waits up to %g s until all ranks of the mesh meet again: %s",
+                self._member.rank, REFORM_S, error,
+            )  # fmt: skip
             try:
                 self._meet()
             except RankAbsentError:
