@@ -204,9 +204,8 @@ def complete(cluster: Cluster) -> None:
 
 def show(command: list[str], cluster: Cluster | None = None) -> None:
     """Runs a command, for a cluster if there is one, and prints what it says."""
-    environment = os.environ | (
-        {} if cluster is None else {"KUBECONFIG": str(cluster.directory / "kubeconfig")}
-    )
+    environment = os.environ | {"COLUMNS": str(console.width)}
+    environment |= {} if cluster is None else {"KUBECONFIG": str(cluster.directory / "kubeconfig")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise DemoError(f"{command[0]} ended with code {result.returncode}: {result.stderr.strip()}")
