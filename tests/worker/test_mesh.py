@@ -518,8 +518,20 @@ def test_what_is_no_address_of_a_leader_is_refused(text):
 
 def test_a_leader_needs_an_address(tmp_path):
     checkpoint = write_checkpoint(tmp_path)
-    with pytest.raises(SettingsError, match="write HOST:PORT of rank 0"):
+    with pytest.raises(SettingsError, match="needs --mesh-leader; write HOST:PORT of rank 0"):
         load(checkpoint, EngineOptions(mesh="1x2", **OPTIONS), progress=False)
+
+
+@pytest.mark.parametrize(("secret", "warned"), [("", True), ("of this mesh", False)])
+def test_a_leader_says_for_whom_it_waits(monkeypatch, caplog, secret, warned):
+    monkeypatch.setenv(SECRET, secret)
+    monkeypatch.setattr(Member, "form", lambda *_: None)
+    address = free_address()
+    with caplog.at_level("INFO"):
+        member = join(EngineOptions(mesh="2x2", mesh_leader=address, **OPTIONS), "", torch.device("cpu"))
+    member.close()
+    assert f"mesh 2x2: waiting at {address} up to 600 s for 3 more ranks" in caplog.messages
+    assert warned == any(f"{SECRET} is empty" in each for each in caplog.messages)
 
 
 def test_a_stream_outlives_the_other_rank(tmp_path):

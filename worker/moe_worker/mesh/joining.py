@@ -232,6 +232,8 @@ def is_address(host: str) -> bool:
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of the leader. Raises SettingsError."""
+    if not text:
+        raise SettingsError("a mesh of several ranks needs --mesh-leader; write HOST:PORT of rank 0")
     try:
         host, port = split(check_address(text))
     except ValueError:

@@ -1,6 +1,7 @@
 """This process in its mesh: its connections to the other ranks."""
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -32,6 +33,7 @@ from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 from moe_worker.mesh.reception import gather_ranks
 
+log = logging.getLogger(__name__)
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
 JOIN_S, STEP_S = 600.0, 60.0
@@ -324,8 +326,20 @@ def join(options: EngineOptions, digest: str, device: torch.device, moved: Moved
     member = Member(identity, options.mesh_rank, parse_address(options.mesh_leader), device)
     member.moved = moved or {}
     make_current(device)
+    _announce(options, secret)
     member.form(JOIN_S)
     return member
+
+
+def _announce(options: EngineOptions, secret: bytes) -> None:
+    """Before minutes of waiting."""
+    shape, leader = options.mesh_shape, options.mesh_leader
+    if options.mesh_rank:
+        log.info("rank %d of mesh %s waits for its leader at %s", options.mesh_rank, shape, leader)
+        return
+    log.info("mesh %s: waiting at %s up to %g s for %d more ranks", shape, leader, JOIN_S, shape.ranks - 1)
+    if not secret:
+        log.warning("%s is empty: any process that reaches %s may join; set it on all ranks", SECRET, leader)
 
 
 def _listen(host: str, port: int) -> socket.socket:
