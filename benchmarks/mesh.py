@@ -8,7 +8,8 @@ exchange of tokens with their experts and of the computation are the step. Bytes
 pipeline is measured with one micro-batch, too. The bubble of a rank is the share of a step in which its
 process uses no processor, which includes waiting for a busy one. With --rebalance, steps while experts move
 are compared with those in between. Rows of balance are of benchmarks/mesh_balance.py, simulated ones of
-benchmarks/mesh_model.py. --short measures few steps: it shows that all of this runs.
+benchmarks/mesh_model.py. --short measures few steps: it shows that all of this runs. Without --json the
+baseline is in parentheses.
 """
 
 import argparse
