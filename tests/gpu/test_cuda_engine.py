@@ -193,8 +193,8 @@ def test_decode_goes_on_where_prompts_ended(shape, number_format):
     """
     both = Both(SHAPES[shape], number_format)
     some, most = (6, 9) if INTERPRETED else (17, 28)  # the interpreter takes a second for few tokens
-    texts = [tokens_of(most + 2, seed=number) for number in range(3)]
-    pages = [[3 * number, 3 * number + 1] for number in range(3)]
+    texts = [tokens_of(most + 2, seed=number) for number in range(8)]
+    pages = [[3 * number, 3 * number + 1] for number in range(8)]
     both.kernels([Segment(text[:some], 0, own) for text, own in zip(texts, pages, strict=True)])
     both.kernels(
         [Segment(texts[0][some : some + 1], some, pages[0]), Segment(texts[1][some:most], some, pages[1])]
@@ -202,10 +202,15 @@ def test_decode_goes_on_where_prompts_ended(shape, number_format):
     both.kernels(
         [Segment(texts[0][some + 1 : most], some + 1, pages[0]), Segment(texts[2][some:most], some, pages[2])]
     )
-    for at, members in ((most, (0, 1, 2)), (most + 1, (2, 0))):
-        rows = both.kernels([Segment(texts[n][at : at + 1], at, pages[n]) for n in members])
-        expected = torch.stack([both.exact(texts[n][: at + 1])[-1] for n in members])
-        assert difference(rows, expected) < TOLERANCE[number_format]
+    lengths, rows, expected = [most] * 3 + [some] * 5, [], []
+    for members in (range(8), (2, 4), (5, 3, 6, 7)):
+        rows.append(
+            both.kernels([Segment(texts[n][(at := lengths[n]) : at + 1], at, pages[n]) for n in members])
+        )
+        for n in members:
+            lengths[n] += 1
+            expected.append(both.exact(texts[n][: lengths[n]])[-1])
+    assert difference(torch.cat(rows), torch.stack(expected)) < TOLERANCE[number_format]
 
 
 @pytest.mark.parametrize(
