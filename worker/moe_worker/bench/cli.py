@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_worker.bench.measure import Result, Workload, as_json, measure
 from moe_worker.bench.plot import plot
 from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
@@ -42,7 +43,7 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
     "--temperature",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0, MAX_TEMPERATURE),
+    type=FiniteRange(0, MAX_TEMPERATURE),
     help="0: the likeliest token each time (greedy); above 0 tokens are sampled.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
-from moe_api.address import check_address, split
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
@@ -232,6 +231,8 @@ def is_address(host: str) -> bool:
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of the leader. Raises SettingsError."""
+    from moe_api.address import check_address, split  # noqa: PLC0415 - the library works without it
+
     if not text:
         raise SettingsError("a mesh of several ranks needs --mesh-leader; write HOST:PORT of rank 0")
     try:
