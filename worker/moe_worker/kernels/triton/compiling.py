@@ -5,6 +5,7 @@ LLVM and in ptxas, which leave the interpreter's lock to other threads.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,11 @@ def ahead() -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=True, **options)
 
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
-    with ThreadPoolExecutor(threads, "compile") as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with (
+        _parsed_one_at_a_time(),
+        ThreadPoolExecutor(threads, "compile") as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
         before = _AHEAD.set(True)
         JITFunction.run = compiled
         try:
@@ -83,6 +88,26 @@ def ahead() -> Iterator[None]:
             _AHEAD.reset(before)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _parsed_one_at_a_time() -> Iterator[None]:
+    """Python 3.11 and 3.12 count the depth of the syntax trees that they make for all threads together.
+
+    A collection in the middle lets another thread run; if that one parses, too, either fails with SystemError
+    (https://github.com/python/cpython/issues/106905).
+    """
+    parse, lock = JITFunction.parse, threading.Lock()
+
+    def parsed(self: Any) -> Any:
+        with lock:
+            return parse(self)
+
+    JITFunction.parse = parsed
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 def is_ahead() -> bool:
