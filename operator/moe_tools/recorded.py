@@ -32,9 +32,9 @@ _TIMES: Final = ("time", "t", "timestamp")
 _JSON_TIMES: Final = (("timestamp", 1e-3), ("timestamp_us", 1e-6))
 _COUNTS: Final = ("requests", "count", "rate")
 _INPUTS: Final = ("contexttokens", "input_length", "input_tokens")
+_OUTPUTS: Final = ("generatedtokens", "output_length", "output_tokens")
 _MOST: Final = 1e18
 _SHOWN: Final = 60
-_OUTPUTS: Final = ("generatedtokens", "output_length", "output_tokens")
 _KINDS: Final = (
     "a CSV file with the columns time,requests or t,rate (one row an interval), a CSV file with TIMESTAMP,"
     "ContextTokens,GeneratedTokens (one row a request), or a JSONL file with timestamp (ms) or timestamp_us"
@@ -113,7 +113,7 @@ def _csv_rows(
     names: tuple[str, str | None, str | None, str | None],
 ) -> Iterator[Row]:
     places = [None if name is None else columns.index(name) for name in names]
-    for number, row in enumerate(csv.reader(lines), start=2):
+    for number, row in enumerate(_csv_fields(path, lines), start=2):
         if not row:
             continue
         if len(row) != len(columns):
@@ -128,13 +128,21 @@ def _csv_rows(
         )
 
 
+def _csv_fields(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
+    reader = csv.reader(lines)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise TraceError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from error
+
+
 def _json_rows(path: Path, head: str, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate([head, *lines], start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise TraceError(f"{path}:{number}: a line is one request: an object with a timestamp")
@@ -162,7 +170,8 @@ def _time(path: Path, number: int, text: str) -> float:
         moment = datetime.fromisoformat(_microseconds(text.strip()))
     except ValueError as error:
         raise TraceError(
-            f"{path}:{number}: {text!r} is not a time; write seconds, or like 2024-05-12 00:00:10"
+            f"{path}:{number}: {repr(text)[:_SHOWN]} is not a time; write seconds, or like "
+            "2024-05-12 00:00:10"
         ) from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # noqa: UP017
 
@@ -190,7 +199,7 @@ def _amount(path: Path, number: int, value: object) -> float:
         amount = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         amount = math.nan
-    if not 0 <= amount <= _MOST:  # nor a number that is none (NaN)
+    if not 0 <= amount <= _MOST:  # as NaN is not, either
         raise TraceError(
             f"{path}:{number}: {repr(value)[:_SHOWN]} is not a number of 0 or more, {_MOST:g} at most"
         )

@@ -78,6 +78,7 @@ def test_people_get_a_table_and_scripts_the_same_bytes_again(blocks):
         (b'{"hash_ids": [[]]}\n', "neither a number nor a text"),
         (b'{"hash_ids": [1], "output_length": -1}\n', "output_length is -1"),
         (b'{"hash_ids": [1]}\n{\n', "trace:2: not JSON"),
+        (b'{"hash_ids": ' + b"[" * 200_000, "trace:1: not JSON"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused_with_a_sentence(tmp_path, content, sentence):

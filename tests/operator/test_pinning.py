@@ -110,6 +110,7 @@ def test_a_field_that_came_with_the_upgrade_is_no_edit():
 @settings(deadline=None)
 @given(
     st.sampled_from(["", "{}", "null", "[1]", '{"spec": {}, "template": {"spec": {}, "metadata": {}}}'])
+    | st.just("[" * 200_000)
     | st.text()
 )
 def test_an_annotation_that_somebody_edited_is_put_right_and_restarts_nothing(text):

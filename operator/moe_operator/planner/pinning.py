@@ -87,7 +87,7 @@ def _pin(carrier: Child) -> Pin | None:
         pin: dict[str, Any] = json.loads(text) if text else {}
         whole = isinstance(pin["template"]["spec"], dict) and isinstance(pin["template"]["metadata"], dict)
         return Pin(pin["spec"], pin["template"]) if whole else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any, Final, cast
 from moe_tools.recorded import TraceError
 
 _MOST_BYTES: Final = 2 * 2**30
+_SHOWN: Final = 60
 _KINDS: Final = (
     "a JSONL file with hash_ids (one request a line), a text file with one key a line, or a file of keys of "
     "four bytes, big-endian"
@@ -111,7 +112,7 @@ def _binary_keys(content: bytes) -> list[Key]:
 def _request(path: Path, number: int, line: bytes) -> Request:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}:{number}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(keys := record.get("hash_ids"), list):
         raise TraceError(f"{path}:{number}: hash_ids is missing; write a list of block ids")
@@ -129,5 +130,5 @@ def _request(path: Path, number: int, line: bytes) -> Request:
 def _number(path: Path, number: int, record: dict[str, Any], name: str) -> float:
     value = record.get(name, 0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-        raise TraceError(f"{path}:{number}: {name} is {value!r}; write a number of 0 or more")
+        raise TraceError(f"{path}:{number}: {name} is {repr(value)[:_SHOWN]}; write a number of 0 or more")
     return value

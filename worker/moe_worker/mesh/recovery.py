@@ -19,9 +19,9 @@ from moe_worker.mesh.rebalance.hold import HeldExperts
 
 log = logging.getLogger(__name__)
 Waiting = Callable[[Channel], None]
-# A lost rank has so long to come back, and then so long to load and compile its part, however often it dies
-# meanwhile, of which it must not be silent for too long; and so often may ranks be lost in a while. Then the
-# replica ends.
+# The replica ends where a lost rank does not come back within REFORM_S, or does not load and compile its part
+# within LOAD_S after that, however often it dies meanwhile, or where ranks are lost more than MOST_REFORMS
+# times in REFORM_WINDOW_S. A leader may count as hung while a rank is silent for LOAD_SILENT_S.
 REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
 LOAD_S, LOAD_SILENT_S = 600.0, 60.0
 MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
