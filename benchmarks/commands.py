@@ -1,5 +1,6 @@
 """What the commands of several benchmarks share: a benchmark that cannot run says why in one sentence."""
 
+import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
@@ -18,11 +19,43 @@ def need_gpu(parser: ArgumentParser, remedy: str = "run it on a machine with one
         )
 
 
-def positive(text: str) -> int:
-    """An argument that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Of arguments that are whole numbers from `least` on."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return whole
+
+
+positive, at_least_two, not_negative = at_least(1), at_least(2), at_least(0)
+
+
+def amount(text: str) -> float:
+    """An argument that is a finite number from 0 on."""
+    return _number(text, "finite number of at least 0", lambda value: 0 <= value < math.inf)
+
+
+def above_zero(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    return _number(text, "finite number above 0", lambda value: 0 < value < math.inf)
+
+
+def share(text: str) -> float:
+    """An argument above 0 and at most 1."""
+    return _number(text, "number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def _number(text: str, wanted: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise ArgumentTypeError(f"{text!r} is no {wanted}")
+    return value
 
 
 def mesh_name(text: str) -> str:

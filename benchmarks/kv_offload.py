@@ -225,10 +225,10 @@ def main() -> None:
         for each in given.offload:
             serve(given, each)
         return
-    if not given.small:
-        need_gpu(parser, "--small takes a small model on a CPU")
     if given.small:
         torch.set_num_threads(1)  # as the engine does for small models
+    else:
+        need_gpu(parser, "--small takes a small model on a CPU")
     options = EngineOptions("cuda" if torch.cuda.is_available() else "cpu", max_batch_size=STREAMS)
     context = max(given.tokens) + 64
     values = (SMALL if given.small else LARGE) | {"max_position_embeddings": 2 * context}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.commands import need_gpu, positive, run
+from benchmarks.commands import above_zero, at_least_two, need_gpu, positive, run
 from benchmarks.gpu_random import LARGE, SMALL
 from benchmarks.random_loaded import random_loaded
 from moe_worker.config.engine import EngineOptions
@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--format", default="w4a8")
     parser.add_argument("--prefill-tokens", type=positive, nargs="+", default=[2048, 512, 8192, 16384])
-    parser.add_argument("--target-ms", type=float, nargs="+", default=[50, 10, 25, 10_000])
-    parser.add_argument("--rates", type=float, nargs="+", default=[4, 16, 32], help="requests a second")
+    parser.add_argument("--target-ms", type=above_zero, nargs="+", default=[50, 10, 25, 10_000])
+    parser.add_argument("--rates", type=above_zero, nargs="+", default=[4, 16, 32], help="requests a second")
     parser.add_argument("--prompt", type=positive, default=1024)
-    parser.add_argument("--tokens", type=positive, default=128)
-    parser.add_argument("--requests", type=positive, default=128)
+    parser.add_argument("--tokens", type=at_least_two, default=128)
+    parser.add_argument("--requests", type=at_least_two, default=128)
     parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

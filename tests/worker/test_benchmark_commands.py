@@ -46,7 +46,14 @@ def test_those_for_gpus_say_that_there_is_none(command, monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "arguments", "sentence"),
     [
-        ("gpu_decode", ["--batch", "0"], "argument --batch: '0' is no whole number above 0"),
+        ("gpu_decode", ["--batch", "0"], "argument --batch: '0' is no whole number of at least 1"),
+        ("gpu_decode", ["--tokens", "1"], "argument --tokens: '1' is no whole number of at least 2"),
+        ("gpu_decode", ["--temperature", "nan"], "'nan' is no finite number of at least 0"),
+        ("gpu_decode", ["--top-p", "0"], "'0' is no number above 0 and at most 1"),
+        ("gpu_decode", ["--top-k", "-1"], "'-1' is no whole number of at least 0"),
+        ("gpu_mesh", ["--tokens", "1"], "'1' is no whole number of at least 2"),
+        ("gpu_mesh", ["--moving", "x"], "'x' is no finite number of at least 0"),
+        ("serving_defaults", ["--rates", "0"], "'0' is no finite number above 0"),
         ("gpu_mesh", ["--mesh", "0x2"], "mesh '0x2' is no shape; write PIPELINExEXPERT"),
         ("mesh", ["--meshes", "1x2,x"], "mesh 'x' is no shape"),
     ],
