@@ -6,8 +6,8 @@
 
 The library is llm-compressor (of the vLLM project), in an environment of its own: it pins older versions of
 packages that this project uses. Weights become four-bit integers in groups, the activations stay; what
-this project leaves as it is (W_UK and W_UV, the router, the head) stays here too. `--method round` rounds to
-the nearest with the same library, scheme and scales, for the difference that GPTQ alone makes.
+this project stores in bfloat16 (W_UK and W_UV, the router, the head) stays here too. `--method round` rounds
+to the nearest with the same library, scheme and scales, for the difference that GPTQ alone makes.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ VALUES = SMALL | {"num_hidden_layers": 2}
 CONTEXT, MOVE_S = 64, 60
 # The number formats of cases that are named by something else.
 ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "large": "w4a8", "uneven": "w4a8"}
-# A token counts as that of one GPU if that gives it nearly its best score: of the norm of a row.
+# A greedy token counts as that of one process if that scores it at most this much below its own: a share of
+# the norm of the row.
 NEARLY = 0.02
 
 

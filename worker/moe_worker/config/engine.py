@@ -59,7 +59,7 @@ class EngineOptions:
     max_batch_size: sequences computed together at most.
     max_queue: requests that may wait beyond those in the batch.
     kv_memory: bytes for the KV cache; what a full batch does not need keeps prefixes. None: as much as
-        max_batch_size contexts take.
+        max_batch_size contexts take, on a GPU at most what weights and forward passes leave.
     kv_offload: bytes of CPU memory for pages that the KV cache evicts. They come back where that takes less
         time than computing them again. On a CPU the same memory does more as kv_memory. 0: they are lost.
     prefill_tokens: prompt tokens computed in one step at most; longer prompts take several.

@@ -45,8 +45,8 @@ class CacheShape:
         return -(-tokens // self.page_size)
 
     def pages_of(self, context: int, memory: int | None, sequences: int, room: int | None = None) -> int:
-        """Pages in `memory` bytes; None: those of `sequences` sequences of `context` tokens, or as many of
-        them as `room` bytes hold. Pages that sequences do not need keep prefixes.
+        """Pages in `memory` bytes; None: those of `sequences` sequences of `context` tokens, but no more than
+        `room` bytes hold. Pages that sequences do not need keep prefixes.
 
         Raises SettingsError if not even one such sequence fits.
         """

@@ -88,7 +88,7 @@ def _integer(name: str) -> click.IntRange:
 @click.option(
     "--kv-memory",
     help="Bytes for the KV cache, e.g. 2Gi; more than a full batch needs keeps more prefixes. Default: room "
-    "for a full batch.",
+    "for a full batch, on a GPU at most what weights and forward passes leave.",
 )
 @click.option(
     "--kv-offload",

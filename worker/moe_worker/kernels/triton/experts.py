@@ -88,7 +88,7 @@ def _swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-# A block of more rows that is half empty at least is multiplied in a tile of half as many rows.
+# A block of more rows than this, of which at most half are used, is multiplied in a tile of half as many.
 _WHOLE = tl.constexpr(32)
 
 
