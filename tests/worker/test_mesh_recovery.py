@@ -306,16 +306,21 @@ def test_a_leader_says_that_it_waits_for_a_rank_that_loads_as_long_as_that_one_i
     """So that it does not count as hung; a rank that loads for ever, or is silent, ends it all the same."""
     monkeypatch.setattr(channel_module, "WAIT_S", 0.001)
     channel, other = connected(2)
-    said = []
+    said, often = [], threading.Event()
+
+    def on_wait():
+        said.append(1)
+        if len(said) == 3:
+            often.set()
+
     member = SimpleNamespace(
-        leads=True, rank=0, shape=MeshShape(1, 3), channels=[channel], on_wait=lambda: said.append(1),
+        leads=True, rank=0, shape=MeshShape(1, 3), channels=[channel], on_wait=on_wait,
         group=None, formation=1, absent=(), reform=lambda *_: None,
     )  # fmt: skip
     waiting = Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
 
     def load():
-        while len(said) < 3:
-            time.sleep(0.001)
+        often.wait(10)
         for _ in range(2):
             other.send(Ready(4))
 
@@ -326,6 +331,7 @@ def test_a_leader_says_that_it_waits_for_a_rank_that_loads_as_long_as_that_one_i
         loading.start()
         waiting.recover(RankLostError("rank 2 left the mesh"))
         loading.join()
+        assert often.is_set()
         said.clear()
         monkeypatch.setattr(recovery, "LOAD_SILENT_S", 0.0)
         monkeypatch.setattr(recovery, "LOAD_S", 0.05)

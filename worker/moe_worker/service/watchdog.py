@@ -42,7 +42,7 @@ class Watchdog:
         return self._silent_s > self.timeout_s
 
     def heard(self) -> None:
-        """Records a step of the engine."""
+        """Records a step of the engine, or that it waits for a rank of its mesh."""
         self._waits = False
 
     def tick(self, *, busy: bool) -> None:
