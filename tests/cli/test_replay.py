@@ -71,6 +71,7 @@ def test_people_get_tables(trace):
         (["--horizon", "1e9"], "1000000000.0 is not in the range 0<x<=86400."),
         (["--fraction", "1e-9"], "replicas, more than 100,000; raise --capacity or --fraction"),
         (["--capacity", "1e-300"], "replicas, more than 100,000; raise --capacity or --fraction"),
+        (["--capacity", "1e-300", "--fraction", "1e-300"], "needs inf replicas, more than 100,000; raise"),
         (["--plot", "a.txt"], "--plot a.txt: the name must end in .png"),
         (
             ["--plot", "nowhere/a.png"],

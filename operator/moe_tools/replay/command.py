@@ -169,14 +169,15 @@ def _replayed(
     if per_gpu <= 0:
         raise CommandError(f"no work arrives in {trace.name}: there is nothing to scale for", errors.WRONG)
     steps = max(1, math.ceil(horizon / trace.step_s))
-    peak = float(trace.rates[trace.rates >= 0].max()) / per_gpu / fraction
+    of_replica = per_gpu * fraction
+    peak = float(trace.rates[trace.rates >= 0].max()) / of_replica if of_replica else math.inf
     if peak > _MOST_REPLICAS:
         raise CommandError(
             f"the busiest step needs {peak:.3g} replicas, more than {_MOST_REPLICAS:,}; raise --capacity or "
             "--fraction",
             errors.WRONG,
         )
-    service = Service(per_gpu * fraction, fraction, steps, trace.step_s)
+    service = Service(of_replica, fraction, steps, trace.step_s)
     with bar("forecasting", len(trace.rates)) as advance:
         test = scoring.backtest(trace, steps, advance)
     with bar("policies") as advance:
