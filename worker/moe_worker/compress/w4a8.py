@@ -1,10 +1,11 @@
 """Quantization-aware training: int4 weights, int8 activations, int8 W_UK and W_UV, straight-through.
 
-The forward pass rounds numbers exactly as they will be stored and multiplied. In the backward pass, rounding
-is the identity within the range and has no gradient outside it (the straight-through estimator, Bengio et
-al., arXiv 1308.3432). The range of each group is initialized by a search for the least squared error and
-learned from then on (Esser et al., arXiv 1902.08153). Repeating the search during training was tried: when
-the range of a group changed at once, all its weights did, and training ended worse than plain rounding.
+The forward pass rounds numbers exactly as they will be stored and multiplied, except the inputs of W_UK
+and W_UV, which engines round to bfloat16. In the backward pass, rounding is the identity within the range
+and has no gradient outside it (the straight-through estimator, Bengio et al., arXiv 1308.3432). The range
+of each group is initialized by a search for the least squared error and learned from then on (Esser et
+al., arXiv 1902.08153). Repeating the search during training was tried: when the range of a group changed
+at once, all its weights did, and training ended worse than plain rounding.
 
 Legend: O outputs, I inputs, G groups of inputs, R latent rank; leading axes (experts) are allowed.
 """
