@@ -89,7 +89,7 @@ class Bench:
     model: CudaModel
     loaded: LoadedModel
     options: EngineOptions
-    graphs: DecodeGraphs
+    runner: CudaRunner
 
     @classmethod
     def of(
@@ -110,7 +110,7 @@ class Bench:
             target_step_ms=10_000,
         )  # fmt: skip
         loaded = LoadedModel(config, runner, NO_TEXT, cache, context, number_format, ())
-        return cls(model, loaded, options, runner.graphs)
+        return cls(model, loaded, options, runner)
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -261,7 +261,7 @@ def prefill_rate(bench: Bench) -> float:
 @torch.inference_mode()
 def graph_rate(bench: Bench, batch: int, args: argparse.Namespace) -> float:
     """Tokens per second of the captured step alone, at the context at which decode starts."""
-    graphs, cache = bench.graphs, bench.loaded.cache
+    graphs, cache = bench.runner.graphs, bench.loaded.cache
     per_sequence = cache.shape.pages_for(bench.loaded.context)
     tokens = torch.randint(bench.loaded.config.vocab_size, (batch,)).tolist()
     segments = [

@@ -30,6 +30,7 @@ def command(monkeypatch, capsys):
         "gpu_decode",
         "gpu_fusion",
         "gpu_mesh",
+        "gpu_prompt_steps",
         "gpu_session load",
         "gpu_tiles",
         "kv_offload",
