@@ -55,13 +55,13 @@ def main() -> None:
     need_gpu(parser)
     for name in args.formats:
         bench = Bench.of(FORMATS[name], STREAMS, CONTEXT, PROMPT_TOKENS)
-        for layer in bench.loaded.cache.layers:
-            layer.normal_()  # what is behind the tokens of a step
-        for case in CASES:
-            measure(bench, name, case, args)
+        with torch.inference_mode():
+            for layer in bench.loaded.cache.layers:
+                layer.normal_()  # what is behind the tokens of a step
+            for case in CASES:
+                measure(bench, name, case, args)
 
 
-@torch.inference_mode()
 def measure(bench: Bench, name: str, case: Case, args: argparse.Namespace) -> None:
     """Prints the times of one step; captured and launched ones in turn."""
     runner, cache = bench.runner, bench.loaded.cache
