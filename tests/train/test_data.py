@@ -113,3 +113,14 @@ def test_zstandard_frames_of_unknown_size_are_read(tmp_path):
     path = tmp_path / "text.zst"
     path.write_bytes(buffer.getvalue())
     assert data.read_documents(path) == ["streamed text"]
+
+
+@settings(max_examples=20)
+@given(documents=st.lists(st.text(max_size=30), max_size=12), together=st.integers(1, 40))
+def test_documents_are_encoded_in_batches_as_one_by_one(tokenizer, documents, together):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ENCODED_TOGETHER", together)
+        tokens = data.encode_documents(tokenizer, documents)
+    assert [found.tolist() for found in tokens] == [
+        tokenizer.encode(document, add_special_tokens=False).ids for document in documents
+    ]

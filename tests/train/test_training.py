@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_worker
+from moe_worker import progress
 from moe_worker.config import read_model_config
 from moe_worker.errors import CheckpointError, DataError, InputError
+from moe_worker.train import data
 from moe_worker.train.blocks import MixtureOfExperts
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.names import load_checkpoint_tensors, named_tensors, untied_state
@@ -46,6 +48,17 @@ def test_training_learns_and_writes_what_the_engine_serves(run_settings, text_fi
     assert losses[-1] < 0.6 * math.log(320)  # that of a model that knows nothing
     assert (settings.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert moe_worker.Engine(settings.out).generate(["the kernel maps"])[0].text
+
+
+def test_progress_is_shown_while_text_is_encoded_and_scored(run_settings, text_file, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "TRANSIENT_AFTER_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(data, "ENCODED_TOGETHER", 2000)
+    train(replace(run_settings, valid=text_file, steps=0))
+    lines = capsys.readouterr().err.splitlines()
+    for done in ("encode", "score"):
+        percents = [int(line.split()[1]) for line in lines if line.startswith(f"{done}: ")]
+        assert any(0 < percent < 100 for percent in percents), done
 
 
 def test_an_interrupted_run_goes_on_to_the_very_same_weights(run_settings, tmp_path):

@@ -64,6 +64,29 @@ def test_a_terminal_gets_one_line_that_is_rewritten():
     assert terminal.getvalue().count("\n") == 1
 
 
+def test_a_transient_bar_is_not_shown_for_short_work():
+    for terminal in (False, True):
+        stream = Stream(terminal)
+        with redirect_stderr(stream), progress.transient_bar(total=2, desc="score", unit="token") as bar:
+            bar.update(2)
+        assert stream.getvalue() == ""
+
+
+def test_a_transient_bar_shows_longer_work_and_disappears(monkeypatch):
+    monkeypatch.setattr(progress, "TRANSIENT_AFTER_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
+    with log() as stream, progress.transient_bar(total=2, desc="score", unit="token") as bar:
+        bar.update()
+    assert shown(stream) == ["score: 0 % (0.00 of 2.00)", "score: 50 % (1.00 of 2.00)"]
+    terminal = Stream(terminal=True)
+    with redirect_stderr(terminal), progress.transient_bar(total=2, desc="score", unit="token") as bar:
+        bar.update()
+    *_, before, last = terminal.getvalue().rstrip("\r").split("\r")
+    assert before.startswith("score:")
+    assert not last.strip()
+    assert "\n" not in terminal.getvalue()
+
+
 def test_nothing_is_shown_where_it_is_disabled():
     with log() as stream:
         assert list(progress.bar([1, 2], desc="quiet", unit="step", disable=True)) == [1, 2]

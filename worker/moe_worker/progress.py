@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 LINE_INTERVAL_S: Final = 30.0
 """In a log, the time between two lines of one bar; the first and the last are always written."""
+TRANSIENT_AFTER_S: Final = 2.0
 _LINE: Final = "{desc}: {percentage:.0f} % ({n_fmt} of {total_fmt}) after {elapsed}, {rate_fmt}{postfix}"
 _CONTROL: Final = re.compile(r"\r|\x1b\[[0-9;]*[A-Z]")
 
@@ -44,10 +45,6 @@ def bar(
 
     Call `set_postfix` with refresh=False: each refresh is a line in a log.
     """
-    style: dict[str, Any] = {"file": sys.stderr}
-    if not sys.stderr.isatty():
-        interval = {"mininterval": LINE_INTERVAL_S, "maxinterval": LINE_INTERVAL_S}
-        style = {"file": _Lines(sys.stderr), "bar_format": _LINE, **interval}
     return tqdm(
         items,
         desc=desc,
@@ -56,8 +53,24 @@ def bar(
         initial=initial,
         unit_scale=unit_scale,
         disable=disable,
-        **style,
+        **_style(),
     )
+
+
+def transient_bar(*, desc: str, unit: str, total: int) -> "tqdm[Any]":
+    """Of work that is often short and ends with a result: appears after TRANSIENT_AFTER_S, in a log after
+    LINE_INTERVAL_S, and disappears at the end.
+    """
+    return tqdm(
+        desc=desc, unit=unit, total=total, unit_scale=True, delay=TRANSIENT_AFTER_S, leave=False, **_style()
+    )
+
+
+def _style() -> dict[str, Any]:
+    if sys.stderr.isatty():
+        return {"file": sys.stderr}
+    interval = {"mininterval": LINE_INTERVAL_S, "maxinterval": LINE_INTERVAL_S}
+    return {"file": _Lines(sys.stderr), "bar_format": _LINE, **interval}
 
 
 def tell(sentence: str) -> None:

@@ -14,6 +14,7 @@ from moe_worker.config.quality import QUALITY_FILE
 from moe_worker.engine.loading import load
 from moe_worker.files import replacing, write_text
 from moe_worker.models.safetensors import stored_tensors
+from moe_worker.progress import transient_bar
 from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES
 
 KIND_OF = {
@@ -74,8 +75,9 @@ def decode_speed(folder: Path, threads: int | None) -> float:
         threads=threads,
     )
     loaded = load(folder, options, progress=True)
-    result = measure(loaded, options, Workload(prompt=16, tokens=32, rounds=3), 1, lambda: None)
-    return result.decode_tokens_per_s
+    work = Workload(prompt=16, tokens=32, rounds=3)
+    with transient_bar(total=work.rounds + 1, desc="measuring", unit="round") as measured:
+        return measure(loaded, options, work, 1, measured.update).decode_tokens_per_s
 
 
 def write_report(out: Path, rows: list[ReportRow]) -> Path:

@@ -6,6 +6,7 @@ Legend: B windows in a batch, T tokens in a window, N tokens in the corpus.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from moe_worker.errors import CheckpointError, DataError, TokenizerError
 from moe_worker.models.tokenizer import LARGEST_TOKENIZER
 from moe_worker.models.tokenizer_guard import try_tokenizer
-from moe_worker.progress import tell
+from moe_worker.progress import tell, transient_bar
 from moe_worker.reading import read_file
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
 BOS_ID, EOS_ID = 0, 1
+ENCODED_TOGETHER = 4_000_000  # characters; between such batches progress is shown
 
 # Words with the character before them, numbers in threes, punctuation with its line end, runs of
 # spaces: the last matters for manuals, where indentation is a fifth of all bytes.
@@ -133,8 +135,24 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[NDArray[np.int32]]:
     """Returns the token ids of each document, without special tokens."""
-    encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+    tokens: list[NDArray[np.int32]] = []
+    total = sum(map(len, documents))
+    with transient_bar(total=total, desc="encode", unit="character") as encoded:
+        for some in _batches(documents):
+            encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            tokens += [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+            encoded.update(sum(map(len, some)))
+    return tokens
+
+
+def _batches(documents: list[str]) -> Iterator[list[str]]:
+    """Splits documents into runs of about ENCODED_TOGETHER characters."""
+    begin, characters = 0, 0
+    for index, document in enumerate(documents):
+        characters += len(document)
+        if characters >= ENCODED_TOGETHER or index + 1 == len(documents):
+            yield documents[begin : index + 1]
+            begin, characters = index + 1, 0
 
 
 def join_documents(documents: list[NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -75,8 +75,4 @@ def score_engine(
         return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
 
     with bar(total=sum(map(len, tokens)), desc="score", unit="token", unit_scale=True) as scored:
-
-        def progress(predicted: int) -> None:
-            scored.update(predicted)
-
-        return score_documents(documents, tokens, window, bos_id, nats, progress)
+        return score_documents(documents, tokens, window, bos_id, nats, scored.update)

@@ -60,7 +60,7 @@ def score_documents(
     context: int,
     bos_id: int,
     nats: Callable[[Sequence[Window]], float],
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
     together: int = 1,
 ) -> Score:
     """Scores documents with a model.

@@ -16,7 +16,7 @@ from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.config.directory import read_json
 from moe_worker.engine.loading import choose_device
 from moe_worker.files import make_folder
-from moe_worker.progress import bar
+from moe_worker.progress import bar, transient_bar
 from moe_worker.train import data, metrics
 from moe_worker.train.checks import check_trainable
 from moe_worker.train.corpus import ScoredText, read_corpus
@@ -118,7 +118,11 @@ class TrainingRun:
             return None
         window, nats = self.settings.window, self.learner.nats
         together = min(self.settings.batch, _SCORE_TOGETHER)
-        return score_documents(text.documents, text.tokens, window, data.BOS_ID, nats, together=together)
+        total = sum(map(len, text.tokens))
+        with transient_bar(total=total, desc="score", unit="token") as scored:
+            return score_documents(
+                text.documents, text.tokens, window, data.BOS_ID, nats, scored.update, together=together
+            )
 
     def _steps(self, first: int) -> Iterator[int]:
         """Yields steps with a progress bar, and records the metrics of completed ones."""
