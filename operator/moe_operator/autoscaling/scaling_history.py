@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from moe_operator.autoscaling.model.capacity import Capacity
 from moe_operator.autoscaling.model.history import History, HistoryError
@@ -29,14 +29,12 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Capacity(Model):
-    model_config = ConfigDict(extra="ignore")
     per_replica: _Rate
     prior: _Rate
     findings: int = Field(default=0, ge=0)
 
 
 class _Content(Model):
-    model_config = ConfigDict(extra="ignore")
     rates: str
     cold_start_seconds: tuple[_Seconds, ...] = ()
     measured_pods: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moe_operator.resources import quantity
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import Quantity
+from moe_operator.resources.pods import Quantity, quantity_between
 
 
 class EngineRouting(Model):
@@ -21,8 +21,7 @@ class EngineRouting(Model):
         "routing.json allows. Default: the checkpoint's.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1m')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('1')) <= 0",
+                quantity_between("1m", "1"),
                 "mass is a quantity from 1m to 1, e.g. 750m",
             )
         ),
@@ -34,8 +33,7 @@ class EngineRouting(Model):
         "routing.json, which must have them. Default: 0, none does.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('1')) <= 0",
+                quantity_between("0", "1"),
                 "margin is a quantity from 0 to 1, e.g. 50m",
             )
         ),
@@ -74,8 +72,7 @@ class Engine(Model):
         "prompts. Default: 512Mi.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('1Pi')) <= 0",
+                quantity_between("1Mi", "1Pi"),
                 "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi or 40Gi, and at most 1Pi",
             )
         ),
@@ -87,8 +84,7 @@ class Engine(Model):
         "again. Add it to worker.resources. Default: none.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('1Pi')) <= 0",
+                quantity_between("1Mi", "1Pi"),
                 "kvOffload is an amount of memory of 1Mi or more, e.g. 512Mi or 16Gi, and at most 1Pi",
             )
         ),

@@ -9,11 +9,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from moe_operator.resources import duration, quantity
 from moe_operator.resources.base import INT_OR_STRING, Model, rules
-from moe_operator.resources.pods import Quantity
+from moe_operator.resources.pods import LABEL_KEY, Quantity, quantity_between
 
 RANKS_MOST: Final = 1024
 """Workers of one replica, at most."""
-_LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 
 
 def _size(value: Any) -> Any:
@@ -67,8 +66,7 @@ class Rebalance(Model):
         "1.2.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('100')) <= 0",
+                quantity_between("1", "100"),
                 "threshold is a ratio of loads from 1 to 100, e.g. 1.2",
             )
         ),
@@ -104,7 +102,7 @@ class Topology(Model):
         max_length=316,
         json_schema_extra=rules(
             (
-                f"self.matches('{_LABEL_KEY}')",
+                f"self.matches('{LABEL_KEY}')",
                 "key is that of a node's label, e.g. topology.kubernetes.io/zone",
             )
         ),

@@ -22,6 +22,14 @@ _AMOUNT_RULE = (
 Quantity = Annotated[str | int, WithJsonSchema(_QUANTITY_SCHEMA)]
 """A Kubernetes quantity as written: an integer, or a text such as "512Mi"."""
 
+
+def quantity_between(least: str, most: str) -> str:
+    """CEL: whether a field is a quantity within these bounds, both allowed."""
+    found = "quantity(string(self))"
+    bounds = f"{found}.compareTo(quantity('{least}')) >= 0 && {found}.compareTo(quantity('{most}')) <= 0"
+    return f"isQuantity(string(self)) && {bounds}"
+
+
 _AMOUNT_TEXT = "A quantity: a number of 0 or more with an optional suffix, such as 2, 500m or 8Gi."
 Amount = Annotated[
     str | int,

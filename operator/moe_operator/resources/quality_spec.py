@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field
 
 from moe_operator.resources import quantity
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import Quantity
+from moe_operator.resources.pods import Quantity, quantity_between
 
 
 class Quality(Model):
@@ -28,8 +28,7 @@ class Quality(Model):
         "as 5m. A worker does not load a checkpoint that is worse, or that has no such file. Required.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('100')) <= 0",
+                quantity_between("0", "100"),
                 "maxLoss is a quantity of bits per byte from 0 to 100, e.g. 5m",
             )
         ),

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from moe_operator.resources import quantity
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import Quantity
+from moe_operator.resources.pods import Quantity, quantity_between
 
 REPLICAS_MOST = 1000
 _LATENCY_TARGET_S = 2.5
@@ -102,8 +102,7 @@ class Scaling(Model):
         "Default: no limit but maxReplicas.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('500m')) >= 0 && "
-                "quantity(string(self)).compareTo(quantity('100k')) <= 0 && "
+                f"{quantity_between('500m', '100k')} && "
                 "quantity(string(self)).asApproximateFloat() * 2.0 == "
                 "double(int(quantity(string(self)).asApproximateFloat() * 2.0))",
                 "gpuLimit is a quantity of GPUs from 500m to 100k, in steps of 500m, e.g. 7500m",

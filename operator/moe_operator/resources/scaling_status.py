@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from moe_operator.resources.base import Model
 
 SCALING_ACTIVE = "ScalingActive"
 
 
-class _Reported(Model):
-    """Fields of a newer operator are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class ForecastStatus(_Reported):
+class ForecastStatus(Model):
     """Demand at the horizon. Rates are requests per second of the whole deployment, output cache excluded."""
 
     method: str = Field(default="", description="Forecaster in use, e.g. LastValue or HarmonicArima.")
@@ -30,7 +24,7 @@ class ForecastStatus(_Reported):
     )
 
 
-class HorizonStatus(_Reported):
+class HorizonStatus(Model):
     """How far ahead the forecast is."""
 
     seconds: float = Field(default=0.0, description="90th percentile of this deployment's own cold starts.")
@@ -39,7 +33,7 @@ class HorizonStatus(_Reported):
     )
 
 
-class ColdStartStatus(_Reported):
+class ColdStartStatus(Model):
     """The phases of the last cold start, in seconds."""
 
     pod: str = Field(default="", description="Leader pod that was measured.")
@@ -49,14 +43,14 @@ class ColdStartStatus(_Reported):
     total: float = Field(default=0.0, description="Sum of the phases.")
 
 
-class CapacityStatus(_Reported):
+class CapacityStatus(Model):
     """The load that one replica serves within the latency target."""
 
     requests_per_second: float = Field(default=0.0, description="Requests per second of one replica.")
     source: str = Field(default="", description="Prior (from the spec) or Measured.")
 
 
-class DecisionStatus(_Reported):
+class DecisionStatus(Model):
     """The last change, or in Advisory mode the last change that Auto would have made."""
 
     time: str = Field(description="When (RFC 3339, UTC).", json_schema_extra={"format": "date-time"})
@@ -66,7 +60,7 @@ class DecisionStatus(_Reported):
     message: str = Field(default="", description="Why, in a sentence for people.", max_length=1024)
 
 
-class ReplicaLoadStatus(_Reported):
+class ReplicaLoadStatus(Model):
     """The load of one replica."""
 
     pod: str = Field(default="", description="Its leader pod.")
@@ -77,7 +71,7 @@ class ReplicaLoadStatus(_Reported):
     )
 
 
-class ScalingStatus(_Reported):
+class ScalingStatus(Model):
     """The state of the scaler; updated with each decision, and once a minute."""
 
     desired_replicas: int = Field(
