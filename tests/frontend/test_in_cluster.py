@@ -92,7 +92,7 @@ async def answers(stub, number=10):
 async def stub(cluster, namespace):
     cluster.kubectl("apply", "-f", str(ROOT / "crds"))
     apply(cluster, namespace, *frontend_objects(namespace))
-    selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
+    selector = names.selector_text(names.frontend_labels(DEPLOYMENT))
     cluster.kubectl(
         *("wait", "-n", namespace, "pod", "-l", selector, "--timeout=90s"),
         "--for=jsonpath={.status.containerStatuses[0].started}=true",
@@ -125,7 +125,7 @@ async def test_a_guarded_frontend_is_ready_and_serves_callers_with_a_key(cluster
         worker_service(),
         replica(0),
     )
-    selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
+    selector = names.selector_text(names.frontend_labels(DEPLOYMENT))
     wait_ready(cluster, namespace, "w-0-0")
     cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=90s")
     credentials = grpc.ssl_channel_credentials(authority.certificate)

@@ -100,7 +100,7 @@ def test_gateways_are_told_about_tls():
 
 
 def observed_pod(address, **settings):
-    labels = {**frontend.labels("docs")}
+    labels = names.frontend_labels("docs")
     manifest = {
         "metadata": {"name": "docs-frontend-1", "labels": labels, "uid": "u"},
         "spec": frontend.pod_spec(deployment(frontend=settings)),
@@ -132,7 +132,7 @@ def test_policies_name_the_frontends_the_operator_and_the_gang():
     assert workers["podSelector"] == {"matchLabels": names.worker_labels("docs")}
     asking, metrics, mates = workers["ingress"]
     assert asking["ports"] == [{"port": 8000, "protocol": "TCP"}]
-    assert asking["from"][0] == {"podSelector": {"matchLabels": frontend.labels("docs")}}
+    assert asking["from"][0] == {"podSelector": {"matchLabels": names.frontend_labels("docs")}}
     assert asking["from"][1]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "moe-operator"}}
     assert metrics == {"ports": [{"port": 9464, "protocol": "TCP"}]}
     assert mates == {"from": [{"podSelector": workers["podSelector"]}]}

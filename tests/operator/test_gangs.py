@@ -396,7 +396,7 @@ def test_the_status_shows_ranks_stages_and_imbalance(threshold, reason):
     assert found.condition(EXPERTS_BALANCED).reason == "NotMeasured"
     for rank in range(3):
         found.pods[f"docs-1-{rank}"]["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
-    readings = {"docs-1-0": MeshReading(3, ((0, 4), (4, 3)), 4, Balance(5, 1, 150))}
+    readings = {"docs-1-0": MeshReading(3, ((0, 4), (4, 3)), Balance(5, 1, 150))}
     observed = found.observed(meshes=readings)
     status = plan(with_pins(found.deployment, observed), observed, found.now).status
     assert status.mesh is not None
@@ -427,7 +427,7 @@ class Reports(worker_pb2_grpc.WorkerServiceServicer):
     def GetLoad(self, request, context):
         self.asked += 1
         stages = [worker_pb2.Stage(first_layer=0, layers=7)]
-        return worker_pb2.Load(mesh=worker_pb2.Mesh(expert=2, epoch=4, stages=stages, ready_ranks=[0, 1]))
+        return worker_pb2.Load(mesh=worker_pb2.Mesh(expert=2, epoch=4, stages=stages))
 
     def GetExpertLoad(self, request, context):
         rows = {1: [1, 3], 2: [float("nan"), 1], 3: [-5, 1], 4: [float("inf"), 1]}
@@ -447,7 +447,7 @@ def test_leaders_are_asked_now_and_then_and_nonsense_is_no_load(monkeypatch):
         reader = MeshReader()
         for _ in range(3):
             found = reader.read([leader], 5)
-        assert found == {"docs-0-0": MeshReading(4, ((0, 7),), 2, Balance(1, 1, 150))}
+        assert found == {"docs-0-0": MeshReading(4, ((0, 7),), Balance(1, 1, 150))}
         assert reports.asked == 1
         silent = replace(leader, uid="v", address="127.0.0.2")
         assert reader.read([silent], 0.2) == {}

@@ -98,7 +98,7 @@ def test_a_cached_frontend_is_asked_at_the_port_that_it_declares(objects):
     guarded = {"frontend": {"tls": {"secretName": "front-tls"}}, "transport": {"mode": "Plaintext"}}
     spec = frontend.pod_spec(worlds.deployment(**guarded))
     body = pod("docs-frontend-1", 1, spec=spec, status={"podIP": "10.0.0.1"})
-    body["metadata"]["labels"] |= frontend.labels("docs")
+    body["metadata"]["labels"] |= resource_names.frontend_labels("docs")
     objects.put("Pod", body)
     assert pods.read(objects.get("Pod", "default", "docs-frontend-1")).admin_address == "10.0.0.1:8001"
 
@@ -111,7 +111,7 @@ def test_a_cached_pod_with_mutual_tls_is_asked_over_tls(objects, role):
             worker.pod_spec(of),
             {**resource_names.single_labels("docs"), resource_names.LABEL_DATA_RANK: "0"},
         ),
-        "frontend": (frontend.pod_spec(of), frontend.labels("docs")),
+        "frontend": (frontend.pod_spec(of), resource_names.frontend_labels("docs")),
     }[role]
     body = pod(
         "docs-0-0" if role == "worker" else "docs-frontend-1", 1, spec=spec, status={"podIP": "10.0.0.1"}

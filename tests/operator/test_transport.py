@@ -86,7 +86,7 @@ def observed(role, **settings):
             "metadata": {
                 "name": name,
                 "namespace": "prod",
-                "labels": labels if role == names.ROLE_WORKER else frontend.labels("docs"),
+                "labels": labels if role == names.ROLE_WORKER else names.frontend_labels("docs"),
             },
             "spec": SPECS[role](deployment(**settings)),
             "status": {"podIP": "10.0.0.1"},

@@ -33,7 +33,6 @@ class MeshReading:
     epoch: int
     stages: tuple[tuple[int, int], ...]
     """First layer and number of layers of each stage."""
-    ready_ranks: int
     balance: Balance | None
     """None if no tokens were counted, or experts are not spread."""
 

@@ -24,11 +24,6 @@ _EXIT_SECONDS = 5
 """Part of the grace period that remains after the last stream, for the process to exit."""
 
 
-def labels(name: str) -> dict[str, str]:
-    """Labels of the frontend's pods."""
-    return names.frontend_labels(name)
-
-
 def command(deployment: Deployment) -> list[str]:
     """The frontend's command line."""
     words = [
@@ -156,7 +151,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
 def rendered(of: Deployment) -> Manifest:
     """The frontend's pod template, as this version of the operator renders it."""
     settings = of.spec.frontend
-    own = {**labels(of.name), **inference_pool.pod_labels(settings)}
+    own = {**names.frontend_labels(of.name), **inference_pool.pod_labels(settings)}
     return pods.template(of, settings, own, pod_spec(of))
 
 
@@ -168,7 +163,7 @@ def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
 def deployment(of: Deployment) -> Manifest:
     """The frontend's Deployment: a new pod is Ready before an old one is deleted."""
     manifest = _child(of, "apps/v1", "Deployment")
-    selector = labels(of.name)
+    selector = names.frontend_labels(of.name)
     pin = of.pinned.get(names.ROLE_FRONTEND) or Pin(of.spec.manifest(), rendered(of))
     manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pin.text}
     manifest["spec"] = {
@@ -188,7 +183,7 @@ def service(of: Deployment) -> Manifest:
         manifest["metadata"]["annotations"] = dict(settings.annotations)
     manifest["spec"] = {
         "type": settings.type,
-        "selector": labels(of.name),
+        "selector": names.frontend_labels(of.name),
         "ports": _service_ports(of.spec.frontend),
     }
     if settings.ip_family_policy is not None:

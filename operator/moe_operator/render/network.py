@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_operator.render import frontend
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -22,7 +21,7 @@ def policies(of: Deployment) -> list[Manifest]:
 def _workers(of: Deployment) -> Manifest:
     """gRPC for frontends and the operator; all ports for the workers of a gang, which meet at several."""
     labels = names.worker_labels(of.name)
-    asking = [_pods(frontend.labels(of.name)), _operator(of)]
+    asking = [_pods(names.frontend_labels(of.name)), _operator(of)]
     ingress = [_rule(asking, names.GRPC_PORT), _rule([], names.METRICS_PORT)]
     if of.spec.parallelism.ranks > 1:
         ingress.append({"from": [_pods(labels)]})
@@ -36,7 +35,8 @@ def _frontends(of: Deployment) -> Manifest:
         ingress.append(_rule([_operator(of)], names.ADMIN_PORT))
     if of.spec.frontend.guarded:
         ingress.append(_rule([], names.METRICS_PORT))
-    return _policy(of, names.frontend(of.name), names.ROLE_FRONTEND, frontend.labels(of.name), ingress)
+    labels = names.frontend_labels(of.name)
+    return _policy(of, names.frontend(of.name), names.ROLE_FRONTEND, labels, ingress)
 
 
 def _policy(

@@ -64,7 +64,7 @@ def _ask(dialer: Dialer, pod: Pod, timeout_seconds: float) -> MeshReading | None
             return None
     stages = [(stage.first_layer, stage.layers) for stage in mesh.stages[:_STAGES_MOST]]
     bounded = tuple((min(first, _NUMBER_MOST), min(layers, _NUMBER_MOST)) for first, layers in stages)
-    return MeshReading(min(mesh.epoch, _NUMBER_MOST), bounded, len(mesh.ready_ranks), worst)
+    return MeshReading(min(mesh.epoch, _NUMBER_MOST), bounded, worst)
 
 
 def _balance(stub: worker_pb2_grpc.WorkerServiceStub, timeout_seconds: float) -> Balance | None:
