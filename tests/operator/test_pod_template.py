@@ -89,6 +89,18 @@ def test_a_variable_of_the_user_replaces_that_of_the_operator_as_a_whole():
     assert [e for e in container["env"] if e["name"] == "OTEL_SERVICE_NAME"] == env
 
 
+def test_ports_are_told_apart_by_number_and_protocol_because_they_need_no_name():
+    added = [{"containerPort": 9000}, {"containerPort": 9001}, {"containerPort": 9001, "protocol": "UDP"}]
+    published = {"containerPort": names.METRICS_PORT, "protocol": "TCP", "hostPort": 30000}
+    of = deployment(worker=template(containers=[{"name": "worker", "ports": [*added, published]}]))
+    (container,) = worker.rendered(of)["spec"]["containers"]
+    (before,) = worker.rendered(deployment())["spec"]["containers"]
+    metrics = next(port for port in before["ports"] if port["name"] == names.METRICS_PORT_NAME)
+    others = [port for port in before["ports"] if port != metrics]
+    assert all(port in container["ports"] for port in [*others, metrics | published, *added])
+    assert len(container["ports"]) == len(before["ports"]) + len(added)
+
+
 def test_a_deployment_without_a_template_is_written_as_before():
     assert "podTemplate" not in json.dumps(deployment().spec.manifest())
 

@@ -1,8 +1,9 @@
 """Merges a user's pod template into a rendered one. Pure.
 
 As a strategic merge patch does (kubernetes/community: sig-api-machinery/strategic-merge-patch.md), for the
-lists that both sides fill: containers are merged by name; variables, volumes and mounts of the user replace
-those of the same key; tolerations are added. Other lists are the user's.
+lists that both sides fill: containers are merged by name, and ports by number and protocol; variables,
+volumes and mounts of the user replace those of the same key; tolerations are added. Other lists are the
+user's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from typing import Any, Final
 
 from moe_operator.render.objects import Manifest
 
-_MERGED: Final = {"containers": "name", "initContainers": "name"}
-"""Lists whose items are merged, with the field that identifies an item."""
-_REPLACED: Final = {"env": "name", "volumes": "name", "volumeMounts": "mountPath", "ports": "name"}
-"""Lists whose items replace one another."""
+_KEYS: Final = {
+    "containers": ("name",),
+    "initContainers": ("name",),
+    "ports": ("containerPort", "protocol"),
+    "env": ("name",),
+    "volumes": ("name",),
+    "volumeMounts": ("mountPath",),
+}
+"""Lists that both sides fill, with the fields that identify an item."""
+_MERGED: Final = ("containers", "initContainers", "ports")
+"""Those whose items are merged; items of the others replace one another."""
 _ADDED: Final = ("tolerations",)
 
 
@@ -36,11 +44,15 @@ def merged(rendered: Manifest, users: Manifest) -> Manifest:
 def _lists(name: str, before: Sequence[Any], users: Sequence[Any]) -> list[Any]:
     if name in _ADDED:
         return [*before, *(item for item in users if item not in before)]
-    key = _MERGED.get(name) or _REPLACED.get(name)
-    if key is None:
+    keys = _KEYS.get(name)
+    if keys is None:
         return list(users)
-    items = {item.get(key): item for item in before}
+    items = {_identity(item, keys): item for item in before}
     for item in users:
-        known = items.get(item.get(key), {}) if name in _MERGED else {}
-        items[item.get(key)] = merged(known, item)
+        key = _identity(item, keys)
+        items[key] = merged(items.get(key, {}) if name in _MERGED else {}, item)
     return list(items.values())
+
+
+def _identity(item: Manifest, keys: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(item.get(key) for key in keys)
