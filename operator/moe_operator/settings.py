@@ -24,7 +24,9 @@ class Settings:
     """Settings of one operator process; each can be set as MOE_OPERATOR_<NAME IN CAPITALS>."""
 
     peering: str = "moe-operator"
-    """Name of the ClusterKopfPeering object through which operator processes find each other."""
+    """Name of the peering object through which operator processes find each other: a ClusterKopfPeering, or a
+    KopfPeering in each of `watch_namespaces`.
+    """
 
     peering_lifetime_seconds: float = 20.0
     """A killed process counts as alive for this long; kopf renews its record 5 to 10 s before it expires."""

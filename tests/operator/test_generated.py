@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from localcluster.build import ensure
@@ -55,9 +56,21 @@ def test_the_peering_has_one_name_in_the_settings_and_in_the_rights():
     (deployment,) = (one for one in objects if one["kind"] == "Deployment")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert {"name": "MOE_OPERATOR_PEERING", "value": "blue"} in container["env"]
-    refused = rendered("env[0].name=MOE_OPERATOR_PEERING", "env[0].value=green")
+
+
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("env[0].name=MOE_OPERATOR_PEERING", "/env/0/name"),
+        ("env[0].name=MOE_OPERATOR_WATCH_NAMESPACES", "/env/0/name"),
+        ("metrics.port=8080", "/metrics/port"),
+        ("statusPage.port=8080", "/statusPage/port"),
+    ],
+)
+def test_values_that_others_depend_on_or_have_taken_are_refused(setting, where):
+    refused = rendered(setting)
     assert refused.returncode != 0
-    assert "/env/0/name" in refused.stderr.replace(".", "/")
+    assert where in refused.stderr.replace(".", "/")
 
 
 def test_helm_leaves_every_crd_and_with_it_users_objects_when_it_goes():

@@ -1,7 +1,7 @@
 """Whether this process is the active one among several operators of a cluster.
 
-kopf writes a record of every process into the status of a ClusterKopfPeering object and stops the watches of
-processes that are outranked. It cannot stop running or queued reconciles, so each checks here first.
+kopf writes a record of every process into the status of a peering object and stops the watches of processes
+that are outranked. It cannot stop running or queued reconciles, so each checks here first.
 Ranks are start times: the process that started last is active, so a new operator never waits until the record
 of its predecessor expires.
 """

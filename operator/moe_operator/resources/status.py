@@ -169,9 +169,10 @@ class Status(Model):
         "replica serves; False if none is wanted. Progressing: True while a rollout runs and "
         "when it is complete, False when it is stuck. Reconciling, present only while True: "
         "the cluster does not match the spec yet. Stalled, present only while True: it will "
-        "not without help. ModelLoaded: a worker has loaded the model. ExpertsBalanced: the ranks of "
-        "each stage have about the same load. DeprecatedFields, present only while True: the spec sets "
-        "fields that have a replacement. ScalingActive: scaling follows the load.",
+        "not without help. ModelLoaded: a worker has loaded the model. QualityGate: the checkpoint "
+        "satisfies spec.quality. ExpertsBalanced: the ranks of each stage have about the same load. "
+        "DeprecatedFields, present only while True: the spec sets fields that have a replacement. "
+        "ScalingActive: scaling follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
     scaling: ScalingStatus | None = Field(
