@@ -17,9 +17,9 @@ from moe_worker.kernels.cpu import build, library, operations, structs
 from moe_worker.kernels.cpu.operations import PagedRows
 from moe_worker.kernels.cpu.weights import aligned_bytes, pack_heads, pack_int4
 from moe_worker.kernels.reference import rms_norm, swiglu
-from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_w4a8, linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4
 from moe_worker.quant.int8 import quantize_pieces
+from tests.worker.reference_w4a8 import experts_w4a8, heads_w4a8, linear_w4a8
 
 try:
     VARIANTS = library.supported_variants()

@@ -9,11 +9,11 @@ from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations
 from moe_worker.kernels.cpu.weights import pack_sparse14
 from moe_worker.kernels.reference import swiglu
-from moe_worker.kernels.reference_w4a8 import linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack
 from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.sparse14 import from_int4
 from tests.compress.sparse import random, random_sparse
+from tests.worker.reference_w4a8 import linear_w4a8
 
 try:
     VARIANTS = library.supported_variants()

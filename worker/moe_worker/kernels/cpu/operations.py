@@ -1,6 +1,6 @@
 """The CPU kernels for torch tensors: on the CPU, float32 and contiguous unless noted otherwise.
 
-kernels/reference_w4a8.py defines their results. models/native.py builds layers from these operations.
+tests/worker/reference_w4a8.py defines their results. models/native.py builds layers from these operations.
 
 Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
 experts of a token, E routed experts, X pieces and G segments of inputs, S = I padded to 64, B sequences, N
