@@ -50,10 +50,10 @@ class CheckpointCache:
         """Marks an entry as used now."""
         os.utime(self.root / f"{key}{_LOCK}")
 
-    def make_room(self, key: str, needed: int, uri: str, now: float | None = None) -> None:
+    def make_room(self, key: str, needed: int, uri: str) -> None:
         """Evicts entries, the least recently used first, until `needed` bytes fit. Raises FetchError."""
         make_folder(self.root)
-        now = time.time() if now is None else now  # compared with times of files
+        now = time.time()  # compared with times of files
         others = sorted((used, name) for name, used in self._others(key) if now - used >= KEPT_S)
         while (lacking := self._lacking(needed)) > 0 and others:
             self._evict(others.pop(0)[1])

@@ -10,7 +10,6 @@ Legend: t tokens of a shard, N rows of logits, n wanted rows of a shard, D token
 """
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, zip_longest
@@ -45,7 +44,6 @@ from moe_worker.moe.counting import Counter
 from moe_worker.sampling.drawer import Drawer
 from moe_worker.sampling.remote import Draw
 
-log = logging.getLogger(__name__)
 # Samples of steps that may be fed to later ones.
 MOST_FED = 8
 

@@ -46,7 +46,6 @@ class AbsorbedAttention:
     latent_norm_R: Tensor
     output: Projects
     rope_width: int
-    scale: float
 
     def forward(self, x_TD: Tensor, step: LayerStep) -> Tensor:
         """Writes the tokens' latents to the cache and attends over it; [T, D]."""

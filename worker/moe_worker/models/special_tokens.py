@@ -43,12 +43,11 @@ def special_tokens(directory: Path, inner: tokenizers.Tokenizer) -> SpecialToken
     template = _of_post_processor(inner)
     path = directory / TOKENIZER_CONFIG
     values = read_json(path, LARGEST_TOKENIZER_CONFIG) if present(path) else {}
-    fields = Fields(str(path), values)
     bos = _bos(path, values.get("bos_token"), inner)
     if values.get("add_bos_token") is None or bos is None:
         return template
     rest = template.before[1:] if template.before[:1] == (bos,) else template.before
-    adds = fields.boolean("add_bos_token")
+    adds = Fields(str(path), values).boolean("add_bos_token")
     return SpecialTokens((bos, *rest) if adds else rest, template.behind)
 
 

@@ -15,7 +15,7 @@ from moe_worker.quant.matrix import SCALES, VALUES, Matrix, Part
 from moe_worker.quant.pieces import float_rows
 
 GROUP = 128
-LOWEST, HIGHEST = -8, 7
+HIGHEST = 7
 ZERO_BYTE = 0x88  # two values of 0
 # Shares of the largest weight of a group that may become the edge of the range; the one with the smallest
 # squared error is taken. A single outlier then does not coarsen its 127 neighbours.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,6 @@ class Recipe:
     steps: tuple[RecipeStep, ...]
     seed: int = 0
     device: str = "auto"
-    training: Training = field(default_factory=Training)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -132,7 +131,7 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(steps, list) or not steps:
         raise SettingsError(f"{path}: steps must be a list of one or more of {', '.join(KINDS)}")
     made = tuple(_step(step, f"{path}: steps[{i}]", path.parent, shared) for i, step in enumerate(steps))
-    recipe: Recipe = _build(Recipe, given, str(path), path.parent, steps=made, training=shared)
+    recipe: Recipe = _build(Recipe, given, str(path), path.parent, steps=made)
     _check_order(recipe, path)
     return recipe
 

@@ -142,7 +142,6 @@ class Scheduler:
         finished = self._advance(step, jobs, tokens)
         for job in finished:
             self._end(job)
-        self.counters.finished += len(finished)
         return tuple(job.arrival.id for job in finished)
 
     def retract(self, step: Step, *, shrink: bool) -> None:

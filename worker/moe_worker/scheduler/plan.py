@@ -174,7 +174,6 @@ class Counters:
     prefix_hit_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
-    finished: int = 0
     expired: int = 0
     largest_gap: int = 1
     largest_preempted_gap: int = 0

@@ -13,7 +13,7 @@ class Histogram:
     """Counts values in buckets; `bounds` are their upper ends, themselves included."""
 
     bounds: Sequence[float]
-    counts: list[int] = field(default_factory=list)
+    counts: list[int] = field(init=False)
     sum: float = 0.0
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Masks of named weights during training."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from moe_worker.compress.sparsity.schedule import Schedule, SparsityPhase
 from moe_worker.errors import SettingsError
 
 Saliency = Literal["magnitude", "gradient"]
-SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 # The share of a gradient saliency that stays from step to step: it averages over some ten batches.
 MEMORY = 0.9
 
@@ -85,11 +84,8 @@ class Sparsifier(nn.Module):
         if phase is SparsityPhase.DENSE:
             return dict(weights)
         if phase is SparsityPhase.FIXED:
-            return {name: weight * mask for weight, (name, mask) in self._pairs(weights)}
-        return {name: weight - (weight * ~mask).detach() for weight, (name, mask) in self._pairs(weights)}
-
-    def _pairs(self, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, tuple[str, Tensor]]]:
-        return [(weights[name], (name, mask)) for name, mask in self.masks.items()]
+            return {name: weights[name] * mask for name, mask in self.masks.items()}
+        return {name: weights[name] - (weights[name] * ~mask).detach() for name, mask in self.masks.items()}
 
     def _is_due(self, step: int) -> bool:
         first, fixed = self.schedule.first_sparse, self.schedule.first_fixed
