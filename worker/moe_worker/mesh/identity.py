@@ -41,8 +41,7 @@ def mesh_digest(directory: Path, stored: Mapping[str, StoredTensor], options: En
     digest = hashlib.sha256()
     shared = {name: value for name, value in asdict(options).items() if name not in OWN}
     digest.update(repr(sorted(shared.items())).encode())
-    with open_file(directory / CONFIG) as file:
-        digest.update(file.read())
+    digest.update(read_file(directory / CONFIG, LARGEST_CONFIG))
     if present(directory / ROUTING_FILE):
         digest.update(read_file(directory / ROUTING_FILE, LARGEST_CONFIG))
     for name in sorted(stored):
