@@ -54,7 +54,8 @@ class EngineOptions:
         (e4m3) with a scale for each block of 128 x 128, as an FP8 checkpoint has them or rounded at load,
         activations as they are (W8A16); "w4a16": four bits in groups of 128 inputs, rounded at load where
         the checkpoint is not; "w4a8": these, and activations rounded to eight bits, with one scale for 128
-        or 64 values (docs/formats.md). "auto" is w4a16 for a checkpoint of four bits and dense for others.
+        or 64 values (docs/formats.md). "auto" is w4a8 for 1:4 sparse checkpoints, w4a16 for others of four
+        bits, and dense for the rest.
     context_length: tokens of prompt and continuation together; None: the model's own limit.
     max_batch_size: sequences computed together at most.
     max_queue: requests that may wait beyond those in the batch.

@@ -30,9 +30,11 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A continuation; `finish_reason` is "stop" or "length"; `token_ids` includes the end-of-text token.
+    """A continuation; `token_ids` includes the end-of-text token.
 
-    prompt_logprobs: of the tokens of the prompt from the second one on, if they were requested.
+    finish_reason: "stop" or "length"; "format" where the output format became too complex to go on with, and
+    "failed" where the model gave no valid probabilities. prompt_logprobs: of the tokens of the prompt from
+    the second one on, if they were requested.
     """
 
     text: str

@@ -23,10 +23,10 @@ class Job:
     tokens: known ones, of the prompt and sampled. length: tokens, with those sampled by steps under way.
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
     table: its pages; the first `shared` are the path to `node` in the prefix tree. kept: pages in CPU memory
-    that come back next, before it computes anything. told: entries of the table
-    that earlier planned chunks contain. announced: names of its blocks, held until it ends. mask_s: seconds
-    of its masks, on average; None: not known yet. admitted, sampled: numbers of the steps in which it last
-    started to run and got its newest token (0: never, or that step was reverted).
+    that come back next, before it computes anything. told: entries of the table that earlier planned chunks
+    contain. announced: names of its blocks, held until it ends. mask_s: seconds of its masks, on average;
+    None: not known yet. admitted, sampled: numbers of the steps in which it last started to run and got its
+    newest token (0: never, or that step was reverted).
     """
 
     __slots__ = (

@@ -14,8 +14,7 @@ from moe_worker.scheduler.plan import Limits
 class Memory:
     """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones if the pool is empty.
 
-    storage: CPU memory for evicted pages; None: they are lost. worth: whether so many pages
-    should come back.
+    storage: CPU memory for evicted pages; None: they are lost. worth: whether so many pages should come back.
     """
 
     def __init__(

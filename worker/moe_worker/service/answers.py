@@ -70,9 +70,8 @@ def of_chunk(
     usage: of the last message. piece: the bytes that a token stands for.
     """
     response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
-    for token, logprobs in zip(
-        chunk.tokens, chunk.logprobs, strict=False
-    ):  # no logprobs where none were asked
+    # Without logprobs where the client asked for none.
+    for token, logprobs in zip(chunk.tokens, chunk.logprobs, strict=False):
         response.logprobs.append(_logprobs(token, logprobs, piece))
     if chunk.finish_reason is not None:
         response.finish_reason = FINISH_REASONS[chunk.finish_reason]

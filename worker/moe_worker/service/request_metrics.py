@@ -1,7 +1,6 @@
 """Counts and times of requests, with the names of the GenAI conventions if they define them.
 
-The engine process measures the times. Names, units and meanings are in
-docs/observability.md.
+The engine process measures the times. Names, units and meanings are in docs/observability.md.
 """
 
 import time

@@ -14,7 +14,7 @@ from moe_worker.service.servicers import Context, InferenceService, Phase, Serve
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """moe_api.worker.v1.WorkerService; responds at once, from the engine's last report.
+    """moe_api.worker.v1.WorkerService; GetLoad responds at once, from the engine's last report.
 
     stop: set when the worker shall drain and end.
     """
