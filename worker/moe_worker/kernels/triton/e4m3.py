@@ -59,21 +59,23 @@ def _widen_rows(packed, scales, out, out_scale, OUTPUTS: tl.constexpr, GROUPS: t
     matrix = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     g, j = tl.arange(0, BLOCK_G), tl.arange(0, 64)
-    mask_o = o < OUTPUTS
+    MASKED: tl.constexpr = OUTPUTS % BLOCK_O != 0 or INPUTS % 128 != 0
+    mask_o = (o < OUTPUTS) if MASKED else None
+    mask_O = (o < OUTPUTS)[:, None] if MASKED else None
     own = scales + matrix * GROUPS * OUTPUTS + o
-    mask_Go = (g < GROUPS)[:, None] & mask_o[None, :]
+    mask_Go = (g < GROUPS)[:, None] & (o < OUTPUTS)[None, :]
     top_o = tl.max(tl.abs(tl.load(own[None, :] + g[:, None] * OUTPUTS, mask=mask_Go, other=0.0)), axis=0)
     top_o = tl.where(top_o == 0.0, 1.0, top_o)
     tl.store(out_scale + matrix * OUTPUTS + o, top_o * 0.03125, mask=mask_o)
-    for group in range(GROUPS):
+    for group in tl.range(GROUPS, num_stages=3):
         row_o = (matrix * GROUPS + group) * OUTPUTS + o
-        pair = tl.load(packed + row_o[:, None] * 64 + j[None, :], mask=mask_o[:, None], other=0).to(tl.int32)
-        scale_o = tl.load(own + group * OUTPUTS, mask=mask_o, other=0.0) / top_o * 32.0
+        pair = tl.load(packed + row_o[:, None] * 64 + j[None, :], mask=mask_O).to(tl.int32)
+        scale_o = tl.load(own + group * OUTPUTS, mask=mask_o) / top_o * 32.0
         low = (((pair & 15) ^ 8) - 8).to(tl.float32) * scale_o[:, None]
         high = (((pair >> 4 & 15) ^ 8) - 8).to(tl.float32) * scale_o[:, None]
         to = out + (matrix * OUTPUTS + o)[:, None] * INPUTS + group * 128 + j[None, :]
-        tl.store(to, to_e4m3(low), mask=mask_o[:, None])
-        inside = mask_o[:, None] & (group * 128 + 64 + j < INPUTS)[None, :]
+        tl.store(to, to_e4m3(low), mask=mask_O)
+        inside = (o < OUTPUTS)[:, None] & (group * 128 + 64 + j < INPUTS)[None, :] if MASKED else None
         tl.store(to + 64, to_e4m3(high), mask=inside)
 
 
@@ -81,10 +83,10 @@ def widen_rows(weight: PackedInt4) -> ScaledRows:
     """The matrix (or matrices) in e4m3, [..., O, I]."""
     leading, device = weight.scales.shape[:-2], weight.scales.device
     out = ScaledRows.empty(*leading, weight.outputs, weight.inputs, device=device)
-    block_o = 32
+    block_o = 16
     _widen_rows[(leading.numel(), triton.cdiv(weight.outputs, block_o))](
         weight.stored, weight.scales, out.values, out.scales, OUTPUTS=weight.outputs, GROUPS=weight.groups,
-        INPUTS=weight.inputs, BLOCK_G=triton.next_power_of_2(weight.groups), BLOCK_O=block_o,
+        INPUTS=weight.inputs, BLOCK_G=triton.next_power_of_2(weight.groups), BLOCK_O=block_o, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -141,7 +143,7 @@ def hidden_rows(gate_up_MF: Tensor, weights_TK: Tensor, order_M: Tensor) -> Scal
     out = ScaledRows.empty(total, inner, device=gate_up_MF.device)
     _hidden_rows[(total,)](
         gate_up_MF, weights_TK, order_M, out.values, out.scales, INNER=inner,
-        BLOCK=triton.next_power_of_2(inner), num_warps=2,
+        BLOCK=triton.next_power_of_2(inner), num_warps=1,
     )  # fmt: skip
     return out
 

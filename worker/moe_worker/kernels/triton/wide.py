@@ -30,15 +30,16 @@ def _widen(packed, scales, out, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INP
     matrix, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     j = tl.arange(0, 64)
-    mask_o = o < OUTPUTS
+    MASKED: tl.constexpr = OUTPUTS % BLOCK_O != 0 or INPUTS % 128 != 0
+    mask_O = (o < OUTPUTS)[:, None] if MASKED else None
     row_o = (matrix * GROUPS + group) * OUTPUTS + o
-    pair = tl.load(packed + row_o[:, None] * 64 + j[None, :], mask=mask_o[:, None], other=0).to(tl.int32)
-    scale_o = tl.load(scales + row_o, mask=mask_o, other=0.0)
+    pair = tl.load(packed + row_o[:, None] * 64 + j[None, :], mask=mask_O).to(tl.int32)
+    scale_o = tl.load(scales + row_o, mask=(o < OUTPUTS) if MASKED else None)
     low = ((pair & 15) ^ 8) - 8
     high = ((pair >> 4 & 15) ^ 8) - 8
     to = out + (matrix * OUTPUTS + o)[:, None] * INPUTS + group * 128 + j[None, :]
-    tl.store(to, (low.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=mask_o[:, None])
-    inside = mask_o[:, None] & (group * 128 + 64 + j < INPUTS)[None, :]
+    tl.store(to, (low.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=mask_O)
+    inside = (o < OUTPUTS)[:, None] & (group * 128 + 64 + j < INPUTS)[None, :] if MASKED else None
     tl.store(to + 64, (high.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=inside)
 
 
@@ -48,10 +49,13 @@ def _widen_fp8(values, scales, out, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
     matrix, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     k = group * 128 + tl.arange(0, 128)
-    mask_Ok = (o < OUTPUTS)[:, None] & (k < INPUTS)[None, :]
+    MASKED: tl.constexpr = OUTPUTS % BLOCK_O != 0 or INPUTS % 128 != 0
+    mask_Ok = (o < OUTPUTS)[:, None] & (k < INPUTS)[None, :] if MASKED else None
     at_Ok = (matrix * OUTPUTS + o)[:, None] * INPUTS + k[None, :]
-    scale_O = tl.load(scales + (matrix * GROUPS + group) * OUTPUTS + o, mask=o < OUTPUTS, other=0.0)
-    value_Ok = tl.load(values + at_Ok, mask=mask_Ok, other=0.0).to(tl.float32)
+    scale_O = tl.load(
+        scales + (matrix * GROUPS + group) * OUTPUTS + o, mask=(o < OUTPUTS) if MASKED else None
+    )
+    value_Ok = tl.load(values + at_Ok, mask=mask_Ok).to(tl.float32)
     tl.store(out + at_Ok, (value_Ok * scale_O[:, None]).to(tl.bfloat16), mask=mask_Ok)
 
 
@@ -66,8 +70,7 @@ def widen(weight: Weight) -> Tensor:
         *leading, weight.outputs, weight.inputs, dtype=torch.bfloat16, device=weight.scales.device
     )
     matrices = out.numel() // (weight.outputs * weight.inputs)
-    block_o = 64
-    kernel = _widen_fp8 if isinstance(weight, PackedFp8) else _widen
+    kernel, block_o = (_widen_fp8, 64) if isinstance(weight, PackedFp8) else (_widen, 16)
     kernel[(matrices * weight.groups, triton.cdiv(weight.outputs, block_o))](
         weight.stored, weight.scales, out, OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs,
         BLOCK_O=block_o,
@@ -134,6 +137,6 @@ def experts_wide(
     block = 512
     _hidden[(rows_MD.shape[0], triton.cdiv(inner, block))](
         gate_up_MF, weights_TK, rows.order_M, hidden_MI, INNER=inner, EMULATED=emulated,
-        PIECE=piece_of(inner), BLOCK=block, num_warps=4,
+        PIECE=piece_of(inner), BLOCK=block, num_warps=2,
     )  # fmt: skip
     return rows.added(functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=rows.ends_A))
