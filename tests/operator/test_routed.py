@@ -17,6 +17,7 @@ from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
+from moe_operator.observed.pod_status import PodStatus
 from moe_operator.observed.pods import Pod
 from moe_operator.observed.routes import published
 from moe_operator.resources import names
@@ -63,6 +64,20 @@ def test_a_frontend_that_is_silent_counts_only_while_clients_reach_it():
     with serving(FIRST, Routes(ONE)) as first:
         assert routed([first, silent], LEADERS, 1, {}) == {}
         assert routed([first, starting], LEADERS, 1, {}) == ONE
+
+
+def test_what_a_frontend_published_before_it_crashed_holds_up_nobody():
+    stale, current = frozenset(ONE.items()), frozenset((ONE | TWO).items())
+    crashed, serves = (Pod(uid, NOBODY, uid == "b", False, "", 0, None, uid=uid) for uid in "ab")
+    assert routed([crashed, serves], LEADERS, 5, {"a": stale, "b": current}) == ONE | TWO
+    assert routed([crashed], LEADERS, 5, {"a": stale}) == ONE, "at the start none is ready"
+
+
+def test_a_pod_that_was_evicted_holds_up_nobody():
+    evicted = Pod("a", NOBODY, False, False, "", 0, None, uid="a", status=PodStatus(phase="Failed"))
+    starting = Pod("b", NOBODY, False, False, "", 0, None, uid="b")
+    assert routed([evicted, starting], LEADERS, 5, {"a": frozenset(), "b": frozenset(ONE.items())}) == ONE
+    assert routed([evicted], LEADERS, 5, {"a": frozenset(ONE.items())}) == {}
 
 
 def test_a_terminating_frontend_that_still_answers_holds_up_nobody():

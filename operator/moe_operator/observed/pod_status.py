@@ -78,6 +78,11 @@ class PodStatus:
     """Names of Secrets that volumes need, without those of mutual TLS."""
 
     @property
+    def ended(self) -> bool:
+        """Whether none of its containers runs ever again: evicted, or rejected by its node, for example."""
+        return self.phase in ("Failed", "Succeeded")
+
+    @property
     def restarts(self) -> int:
         """Of its containers."""
         return sum(container.restarts for container in self.containers)

@@ -22,12 +22,13 @@ def routed(
 ) -> dict[str, str]:
     """The leaders to which every frontend routes: IP addresses by name. Empty if there is no frontend.
 
-    A Ready frontend that does not respond has no routes; one that is not Ready is ignored, because no client
-    reaches it. A terminating one is ignored, because it gets no new requests. A frontend of a version without
-    GetRoutes routes to all leaders in the EndpointSlices.
+    Only Ready frontends count, for clients reach no other; one that does not respond has no routes. While
+    none is Ready, as at the start, those count that say their routes. A terminating or ended pod is ignored,
+    because it gets no new requests. A frontend of a version without GetRoutes routes to all leaders in the
+    EndpointSlices.
 
     published: the published routes of frontends (routes.published). These frontends are not asked, so the
-    operator need not reach them.
+    operator need not reach them. What a frontend that crashed has published is out of date.
     """
     everything = frozenset((leader.name, address) for leader in leaders for address in leader.addresses)
 
@@ -36,8 +37,10 @@ def routed(
             return published[pod.uid]
         return _routes(dialer, pod.admin_address, everything, timeout_seconds)
 
-    reachable = (pod for pod in frontends if pod.address and not pod.terminating)
-    known = [found or frozenset() for pod, found in ask(routes, reachable) if pod.ready or found is not None]
+    reachable = [pod for pod in frontends if pod.address and not pod.terminating and not pod.status.ended]
+    serving = [pod for pod in reachable if pod.ready]
+    answers = [found for _, found in ask(routes, serving or reachable)]
+    known = [found or frozenset() for found in answers if serving or found is not None]
     return dict(everything.intersection(*known)) if known else {}
 
 
