@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commands import positive
 from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
@@ -107,8 +108,8 @@ def options(about: str, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=Path, default=Path(__file__).parents[2] / "shared" / "peers")
     parser.add_argument("--variant", help="kernels to use; by default the fastest of this CPU")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
+    parser.add_argument("--rounds", type=positive, default=rounds)
+    parser.add_argument("--threads", type=positive, default=min(2, usable_cores()))
     parser.add_argument("--json", action="store_true")
     return parser
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.commands import above_zero
 from localcluster import Cluster, Forward
 from localcluster.build import ensure
 from localcluster.compilation import Program, Source
@@ -328,7 +329,7 @@ def report(address: str, start: float, record: Path | None) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of load")
+    parser.add_argument("--minutes", type=above_zero, default=4.0, help="of load")
     parser.add_argument("--record", type=Path, metavar="FILE", help="for benchmarks.dashboard_pictures")
     arguments = parser.parse_args()
     seconds = arguments.minutes * 60

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from benchmarks.commands import amount, at_least, positive
 from benchmarks.gpu_random import SMALL, config_of
 from moe_worker.bench.fusion import Operators
 from moe_worker.config.engine import EngineOptions
@@ -43,10 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16, 64, 256])
+    parser.add_argument("--steps", type=at_least(10), default=200)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--temperature", type=amount, default=0.0, help="0: greedy")
     parser.add_argument("--graphs", action="store_true", help="fill the buffers of captured steps")
     parser.add_argument("--profile", action="store_true", help="which functions take the time")
     parser.add_argument("--json", action="store_true")

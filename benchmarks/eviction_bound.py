@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.commands import positive
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.recording import Key, KeyTrace, Request, read
 
@@ -260,7 +261,7 @@ class Cache:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("capacity", type=int, nargs="+")
+    parser.add_argument("capacity", type=positive, nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
     recording: KeyTrace = read(given.trace)

@@ -10,6 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
+from benchmarks.commands import positive
 from moe_api.caching import POLICIES
 from moe_api.caching.policy import kind_of
 from moe_tools.cache_replay.recording import Key, KeyTrace, read
@@ -64,7 +65,7 @@ def _clock_s() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("capacity", type=int, nargs="+")
+    parser.add_argument("capacity", type=positive, nargs="+")
     parser.add_argument("--policy", choices=POLICIES, action="append", help="Default: all.")
     given = parser.parse_args()
     trace = accesses(read(given.trace))

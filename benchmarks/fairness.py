@@ -39,6 +39,7 @@ from typing import IO
 
 import grpc
 
+from benchmarks.commands import positive
 from moe_api import rich_status, transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -75,12 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--streams", type=int, default=560)
-    parser.add_argument("--requests", type=int, default=26)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2)
-    parser.add_argument("--text", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16, help="--max-batch-size of the worker")
+    parser.add_argument("--streams", type=positive, default=560)
+    parser.add_argument("--requests", type=positive, default=26)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--tokens", type=positive, default=2)
+    parser.add_argument("--text", type=positive, default=200)
+    parser.add_argument("--batch", type=positive, default=16, help="--max-batch-size of the worker")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--as-crowd", metavar="ADDRESS", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -35,6 +35,7 @@ from typing import Any
 import grpc
 import yaml
 
+from benchmarks.commands import positive
 from localcluster import Cluster, Forward
 from localcluster.errors import CommandError
 from moe_api import transport
@@ -70,9 +71,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, default=2, help="how often each fault is injected")
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--times", type=positive, default=2, help="how often each fault is injected")
+    parser.add_argument("--clients", type=positive, default=6)
+    parser.add_argument("--tokens", type=positive, default=60)
     parser.add_argument("--only", choices=FAULTS, help="inject this one alone")
     return parser.parse_args()
 

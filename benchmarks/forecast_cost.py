@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from benchmarks.commands import positive
 from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
 from moe_operator.autoscaling.model.history import History
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--days", type=int, default=4, help="days of minutes to measure, after ten more")
+    parser.add_argument("--days", type=positive, default=4, help="days of minutes to measure, after ten more")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     updates_ms, refits_ms = measure(args.days)

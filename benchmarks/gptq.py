@@ -24,6 +24,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.commands import positive
 from moe_worker.train.data import read_documents
 
 LONGEST = 512  # tokens of a calibration text
@@ -70,8 +71,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="training text, documents between NUL bytes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--method", choices=("gptq", "round"), default="gptq")
-    parser.add_argument("--group", type=int, default=64, help="inputs that share a scale")
-    parser.add_argument("--samples", type=int, default=96, help="calibration texts")
+    parser.add_argument("--group", type=positive, default=64, help="inputs that share a scale")
+    parser.add_argument("--samples", type=positive, default=96, help="calibration texts")
     return parser.parse_args()
 
 

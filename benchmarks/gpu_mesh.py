@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=above_zero, default=600.0, help="seconds until a rank prints its stacks"
     )
-    parser.add_argument("--rank", type=int, help="for the processes that this one starts")
+    parser.add_argument("--rank", type=not_negative, help="for the processes that this one starts")
     parser.add_argument("--address")
     arguments = parser.parse_args()
     if arguments.rank is not None:

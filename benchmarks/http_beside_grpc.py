@@ -36,6 +36,7 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.commands import positive
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -78,9 +79,9 @@ class Way:
 def parse(about: str | None) -> argparse.Namespace:
     """The options of a comparison of ways."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=positive, default=64)
+    parser.add_argument("--tokens", type=positive, default=64)
+    parser.add_argument("--rounds", type=positive, default=5)
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from statistics import mean, quantiles
 import numpy as np
 import torch
 
+from benchmarks.commands import at_least, positive
 from moe_worker.sampling.guides import Guide, Guides
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.scheduler.core import Scheduler
@@ -28,9 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--texts", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--vocabulary", type=int, default=128_000)
+    parser.add_argument("--texts", type=positive, default=32)
+    parser.add_argument("--steps", type=at_least(12), default=120)
+    parser.add_argument("--vocabulary", type=at_least(257), default=128_000)
     parser.add_argument("--expression", default="[a-zA-Z0-9 ]{1,2000}")
     arguments = parser.parse_args()
     vocabulary = Vocabulary(arguments.vocabulary)

@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 from rich.progress import Progress
 
+from benchmarks.commands import above_zero, positive
 from benchmarks.operator_scale_cluster import (
     CUSTOM,
     NAMESPACES,
@@ -214,12 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--deployments", type=int, default=100)
-    parser.add_argument("--replicas", type=int, default=20, help="of each deployment, one pod each")
-    parser.add_argument("--rate", type=float, default=20, help="edits a second")
-    parser.add_argument("--seconds", type=float, default=30, help="of edits")
-    parser.add_argument("--resync", type=int, default=60, help="resync interval in seconds")
-    parser.add_argument("--limit", type=float, default=500, help="seconds that one phase may take")
+    parser.add_argument("--deployments", type=positive, default=100)
+    parser.add_argument("--replicas", type=positive, default=20, help="of each deployment, one pod each")
+    parser.add_argument("--rate", type=above_zero, default=20, help="edits a second")
+    parser.add_argument("--seconds", type=above_zero, default=30, help="of edits")
+    parser.add_argument("--resync", type=positive, default=60, help="resync interval in seconds")
+    parser.add_argument("--limit", type=above_zero, default=500, help="seconds that one phase may take")
     parser.add_argument("--operator", type=Path, default=ROOT, metavar="CHECKOUT", help="whose operator")
     parser.add_argument("--keep", type=Path, help="keep logs in this directory")
     arguments = parser.parse_args()

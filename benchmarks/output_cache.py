@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 from opentelemetry.trace import INVALID_SPAN
 
+from benchmarks.commands import positive
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Supervisor
 from moe_api.writing import Writer
@@ -155,8 +156,8 @@ async def compare(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--requests", type=positive, default=200)
+    parser.add_argument("--tokens", type=positive, default=64)
     parser.add_argument("--alone", action="store_true")
     given = parser.parse_args()
     if given.alone:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.commands import above_zero, positive
 from moe_api.prefixes import CHANGE_MOST
 from moe_api.worker.v1 import worker_pb2
 from moe_frontend.policy.balancing import (
@@ -230,10 +231,10 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--busy", type=float, default=0.7)
-    parser.add_argument("--frontends", type=int, default=1)
-    parser.add_argument("--holds", type=int, default=2000, help="Blocks that one replica's cache holds.")
+    parser.add_argument("--replicas", type=positive, default=4)
+    parser.add_argument("--busy", type=above_zero, default=0.7)
+    parser.add_argument("--frontends", type=positive, default=1)
+    parser.add_argument("--holds", type=positive, default=2000, help="Blocks that one replica's cache holds.")
     given = parser.parse_args()
     requests = sorted(read(given.trace).requests, key=lambda request: request.at_s)
     requests = [

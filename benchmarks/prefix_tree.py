@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.commands import positive
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.recording import KeyTrace, read
 from moe_worker.kvcache.pages import PagePool
@@ -33,7 +34,7 @@ def hits(recording: KeyTrace, capacity: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("capacity", type=int, nargs="+")
+    parser.add_argument("capacity", type=positive, nargs="+")
     given = parser.parse_args()
     recording = read(given.trace)
     for capacity in given.capacity:

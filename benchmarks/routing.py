@@ -103,7 +103,7 @@ def main() -> None:
 @click.option("--corpus", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--run", "names", multiple=True, type=click.Choice(tuple(RUNS)))
-@click.option("--seed", "seeds", multiple=True, type=int, default=(0,))
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), default=(0,))
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once, each a process of one thread.")
 @click.option("--steps", type=click.IntRange(1), default=STEPS)
 @click.option("--batch", type=click.IntRange(1), default=BATCH)
@@ -299,8 +299,8 @@ def parts_of(text: Path, most: int, of_one: int) -> Iterator[tuple[str, str]]:
 @main.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--most", default=24_000, help="Characters of each source.")
-@click.option("--of-one", default=6_000, help="Characters of a document.")
+@click.option("--most", type=click.IntRange(1), default=24_000, help="Characters of each source.")
+@click.option("--of-one", type=click.IntRange(1), default=6_000, help="Characters of a document.")
 def sample(text: Path, out: Path, most: int, of_one: int) -> None:
     """Write as much text of each source as runs are scored on, for `moe-worker routing` and `eval`."""
     write_text(out, "\0".join(part for _, part in parts_of(text, most, of_one)))

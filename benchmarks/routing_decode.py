@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import positive, share
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -25,9 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", type=Path, default=Path(__file__).parents[2] / "shared" / "peers")
-    parser.add_argument("--mass", nargs="+", type=float, default=[1.0, 0.65, 0.5])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mass", nargs="+", type=share, default=[1.0, 0.65, 0.5])
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=2)
     args = parser.parse_args()
     first = None
     for row in cpu(args) if args.device == "cpu" else cuda(args):

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
+from benchmarks.commands import positive, run, share
 from benchmarks.docs_sources import source_of
 from moe_worker.config.directory import CONFIG, read_json
 from moe_worker.engine.offline import Engine
@@ -25,8 +26,8 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--mass", type=float, default=0.8)
-    parser.add_argument("--characters", type=int, default=6000, help="of every source")
+    parser.add_argument("--mass", type=share, default=0.8)
+    parser.add_argument("--characters", type=positive, default=6000, help="of every source")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,4 +87,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

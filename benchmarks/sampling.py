@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as processes
 
+from benchmarks.commands import at_least, positive
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.sampler import Sampler
 
@@ -31,9 +32,9 @@ PROMPT = list(range(1, 129))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vocabulary", type=int, default=129_280)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--vocabulary", type=at_least(129), default=129_280)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 
+from benchmarks.commands import at_least
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
 
@@ -27,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--sequences", type=at_least(16), default=256)
+    parser.add_argument("--steps", type=at_least(100), default=2000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     for load in ("decode", "serving"):

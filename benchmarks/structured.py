@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from benchmarks.commands import at_least_two, positive, run
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel, load
@@ -34,9 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("examples/docs-moe"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=at_least_two, default=96)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     options = EngineOptions(device=arguments.device, max_batch_size=max(arguments.batch), max_queue=0)
@@ -116,4 +117,4 @@ def _decode(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

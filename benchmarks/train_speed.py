@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import amount, at_least_two, not_negative, positive, run
 from moe_worker.config import read_model_config
 from moe_worker.engine.loading import choose_device
+from moe_worker.errors import WorkerError
 from moe_worker.train import experts
 from moe_worker.train.data import WindowSampler
 from moe_worker.train.learner import Learner
@@ -69,11 +71,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="config.json of the model to train")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=30, help="timed")
-    parser.add_argument("--warm", type=int, default=10, help="steps before, not timed")
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--window", type=at_least_two, default=1024)
+    parser.add_argument("--dropout", type=amount, default=0.1)
+    parser.add_argument("--steps", type=positive, default=30, help="timed")
+    parser.add_argument("--warm", type=not_negative, default=10, help="steps before, not timed")
     parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -85,9 +87,11 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             try:
                 print(measure(args, way, phase), flush=True)
+            except WorkerError:  # of wrong arguments, for all lines
+                raise
             except Exception:  # noqa: BLE001 - e.g. out of memory: the other lines are still useful
                 traceback.print_exc()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import amount, not_negative, positive, run
 from benchmarks.compression import protocol
 from benchmarks.compression.protocol import LINES, Line
 from moe_worker.config.model import parse_model_config
@@ -215,12 +216,12 @@ def main() -> None:
     )
     for name in ("data", "valid", "test", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(protocol.SEEDS))
+    parser.add_argument("--seeds", type=not_negative, nargs="+", default=list(protocol.SEEDS))
     parser.add_argument("--lines", nargs="+", choices=[line.name for line in LINES], help="only these")
-    parser.add_argument("--steps", type=int, help=f"of each line; {protocol.STEPS} unless --smoke")
+    parser.add_argument("--steps", type=positive, help=f"of each line; {protocol.STEPS} unless --smoke")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--stop-after", type=float, help="seconds after which to end, to go on later")
-    parser.add_argument("--threads", type=int, default=2, help="of --speed")
+    parser.add_argument("--stop-after", type=amount, help="seconds after which to end, to go on later")
+    parser.add_argument("--threads", type=positive, default=2, help="of --speed")
     parser.add_argument(
         "--prepare", action="store_true", help="only create the tokenizer and encode the text"
     )
@@ -307,4 +308,4 @@ def others_run(experiment: Experiment) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,9 @@
 """Benchmarks that cannot run say why in one sentence, before they compute anything."""
 
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ def command(monkeypatch, capsys):
     """Calls the command of a benchmark; its exit code and the last line of what it printed."""
 
     def call(name, *arguments):
-        if name != "mesh":
+        if name.startswith(("gpu", "kv_offload", "serving")):
             pytest.importorskip("triton")
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -57,12 +59,29 @@ def test_those_for_gpus_say_that_there_is_none(command, monkeypatch, name):
         ("serving_defaults", ["--rates", "0"], "'0' is no finite number above 0"),
         ("gpu_mesh", ["--mesh", "0x2"], "mesh '0x2' is no shape; write PIPELINExEXPERT"),
         ("mesh", ["--meshes", "1x2,x"], "mesh 'x' is no shape"),
+        ("engine_step", ["--batch", "8", "0"], "argument --batch: '0' is no whole number of at least 1"),
+        ("scheduler_step", ["--steps", "99"], "'99' is no whole number of at least 100"),
+        ("masks", ["--vocabulary", "256"], "'256' is no whole number of at least 257"),
+        ("eviction_cost", ["trace", "-1"], "'-1' is no whole number of at least 1"),
+        ("prefix_routing", ["trace", "--busy", "0"], "'0' is no finite number above 0"),
+        ("routing_decode", ["--mass", "1.5"], "'1.5' is no number above 0 and at most 1"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(command, name, arguments, sentence):
     code, line = command(name, *arguments)
     assert code == 2
     assert sentence in line
+
+
+def test_every_number_of_a_command_has_a_range():
+    """`type=int` takes 0 and -1, which end in a traceback later or measure nothing."""
+    root = Path(__file__).parents[2]
+    files = [
+        file for name in ("benchmarks", "examples", "localcluster") for file in (root / name).rglob("*.py")
+    ]
+    assert files
+    unbounded = re.compile(r".*\btype=(?:int|float)\b.*")
+    assert [line.strip() for file in files for line in unbounded.findall(file.read_text())] == []
 
 
 def test_an_error_for_the_user_has_no_traceback(capsys):
