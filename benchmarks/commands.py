@@ -1,9 +1,11 @@
 """What the commands of several benchmarks share: a benchmark that cannot run says why in one sentence."""
 
 import math
+import shutil
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError, WorkerError
@@ -17,6 +19,22 @@ def need_gpu(parser: ArgumentParser, remedy: str = "run it on a machine with one
         parser.exit(
             2, f"error: {parser.prog} needs a CUDA GPU, and torch {torch.__version__} sees none; {remedy}\n"
         )
+
+
+def need_space(parser: ArgumentParser, folder: Path, nbytes: int) -> None:
+    """Ends the command, before it computes anything, if the disk of `folder` has less free than it writes."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        parser.exit(
+            2,
+            f"error: {parser.prog} needs {gigabytes(nbytes)} in {folder}, and its disk has {gigabytes(free)} "
+            "free; free space, or give another folder\n",
+        )
+
+
+def gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB"
 
 
 def at_least(least: int) -> Callable[[str], int]:

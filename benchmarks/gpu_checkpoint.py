@@ -4,13 +4,14 @@
         [--device auto]
 
 The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB in four bits and 31 GB in
-bf16; "small" is one to try it with; "cpu" is CPU_SHAPE of benchmarks.cpu_decode, 0.8 billion. A file has 5 GB
-at most. The model generates no meaningful text.
+bf16, in memory until it is written; "small" is one to try it with; "cpu" is CPU_SHAPE of
+benchmarks.cpu_decode, 0.8 billion. A file has 5 GB at most. The model generates no meaningful text.
 """
 
 import argparse
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from benchmarks.commands import gigabytes, need_space
 from benchmarks.gpu_random import LARGE, SMALL, RandomSource, config_of
+from moe_worker.engine.gpu import weight_bytes
 from moe_worker.models.build import build_model
 from moe_worker.quant.compressed_tensors import quantization_config, to_tensors
 from moe_worker.quant.int4 import GROUP, Int4Weight
@@ -57,7 +60,10 @@ def main() -> None:
     parser.add_argument("--format", choices=("w4a16", "bf16"), default="w4a16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    values = cpu_shape() if args.shape == "cpu" else {"large": LARGE, "small": SMALL}[args.shape]
+    values = values_of(args.shape)
+    nbytes = expected_bytes(args.shape, args.format)
+    need_space(parser, args.directory, nbytes)
+    print(f"writing {gigabytes(nbytes)} to {args.directory}", file=sys.stderr, flush=True)
     packed = args.format == "w4a16"
     source = Recorder(torch.device(args.device), torch.bfloat16, "w4a16" if packed else "dense")
     source.tensors = {}
@@ -70,6 +76,15 @@ def main() -> None:
         config["quantization_config"] = quantization_config(GROUP, symmetric=True, ignore=[])
     (args.directory / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(args.directory / "tokenizer.json")
+
+
+def values_of(shape: str) -> dict[str, Any]:
+    return cpu_shape() if shape == "cpu" else {"large": LARGE, "small": SMALL}[shape]
+
+
+def expected_bytes(shape: str, number_format: str) -> int:
+    """On the disk; a little more than it will be."""
+    return weight_bytes(config_of(values_of(shape)), "dense" if number_format == "bf16" else number_format)
 
 
 def save(tensors: dict[str, Tensor], directory: Path, most: int = FILE_BYTES) -> None:

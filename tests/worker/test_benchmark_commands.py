@@ -1,12 +1,15 @@
 """Benchmarks that cannot run say why in one sentence, before they compute anything."""
 
+import contextlib
 import importlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import gpu_checkpoint, gpu_session
 from benchmarks.commands import run
 from moe_worker.errors import SettingsError
 
@@ -71,6 +74,51 @@ def test_arguments_that_cannot_work_are_named(command, name, arguments, sentence
     code, line = command(name, *arguments)
     assert code == 2
     assert sentence in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["gpu_checkpoint", "{out}/none/yet", "--format", "bf16"], "needs 31.5 GB in {out}/none/yet"),
+        (["gpu_session", "load", "--tiny", "--out", "{out}"], "needs 0.00853 GB in {out}"),
+        (["gpu_session", "serving", "load", "--keep", "--out", "{out}"], "needs 40.3 GB in {out}"),
+    ],
+)
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    command, monkeypatch, tmp_path, arguments, sentence
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8_000_000))
+    code, line = command(*(each.format(out=tmp_path) for each in arguments))
+    assert code == 2
+    assert sentence.format(out=tmp_path) in line
+    assert "its disk has 0.008 GB free; free space" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "w4a16"])
+def test_a_checkpoint_takes_hardly_less_than_is_said(monkeypatch, tmp_path, number_format):
+    arguments = ["--shape", "small", "--format", number_format, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["gpu_checkpoint", str(tmp_path), *arguments])
+    gpu_checkpoint.main()
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 0.95 * size < gpu_checkpoint.expected_bytes("small", number_format) < 1.05 * size
+
+
+@pytest.mark.parametrize("ending", ["true", "false"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_of_a_session_are_removed_unless_they_are_to_be_kept(
+    monkeypatch, tmp_path, capsys, ending, keep
+):
+    part = gpu_session.Part("?", 60, (), ("mkdir {checkpoint}", "touch {checkpoint}/x", ending), "bf16")
+    monkeypatch.setattr(gpu_session, "PARTS", {"load": part})
+    options = ["load", "--tiny", "--out", str(tmp_path), *(["--keep"] if keep else [])]
+    monkeypatch.setattr(sys, "argv", ["gpu_session", *options])
+    with contextlib.nullcontext() if ending == "true" else pytest.raises(SystemExit):
+        gpu_session.main()
+    assert (tmp_path / "load-checkpoint/x").exists() == keep
+    said = f"load writes a checkpoint of 0.00853 GB to {tmp_path}/load-checkpoint"
+    assert said + ("" if keep else ", and removes it at its end") in capsys.readouterr().out
 
 
 def test_every_number_of_a_command_has_a_range():
