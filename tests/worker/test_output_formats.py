@@ -296,6 +296,24 @@ def test_the_format_begins_after_a_text(engine):
     assert re.fullmatch(r"[^e]*e[^0-9]*[0-9]{3}", text, re.DOTALL)
 
 
+def test_no_text_ends_before_its_format_begins(engine):
+    bias = tuple((end, 100.0) for end in engine.config.eos_token_ids)
+    ending = SamplingParameters(max_tokens=480, temperature=1.5, logit_bias=bias)
+    core = EngineCore(engine._loaded, EngineOptions(threads=1, max_batch_size=8))
+    core.submit(Request(0, PROMPT, ending, 0, output_format=OutputFormat("regex", "[0-9]{3}", after="e")))
+    deltas = []
+    while not core.idle:
+        deltas += core.step()
+    assert deltas[-1].finish_reason is FinishReason.STOP
+    assert re.search(r"e[^0-9]*[0-9]{3}$", "".join(delta.text for delta in deltas))
+
+
+@pytest.mark.parametrize(("expression", "wanted"), [("", ""), ("(?:)", ""), (r"a/\\\\", r"a/\\")])
+def test_a_text_is_matched_by_its_expression_whatever_llguidance_writes_around_it(engine, expression, wanted):
+    [text, reason, _] = texts(engine, OutputFormat("regex", expression), count=1)[0]
+    assert (text, reason) == (wanted, FinishReason.STOP)
+
+
 def test_the_library_refuses_a_format_that_it_cannot_compile(engine):
     with pytest.raises(RequestError, match=r"output_format\.regex is not supported"):
         engine.generate("x", output_format=OutputFormat("regex", "["))
@@ -365,7 +383,17 @@ REFUSED = {
     "false": ({"json_object": False}, "output_format", "set json_object"),
     "not JSON": ({"json_schema": "{"}, "output_format.json_schema", "not valid JSON"),
     "an unknown keyword": ({"json_schema": '{"not": {}}'}, "output_format.json_schema", "not"),
-    "a bad expression": ({"regex": "["}, "output_format.regex", "regex"),
+    "no number": ({"json_schema": '{"const": NaN}'}, "output_format.json_schema", "NaN is not a number"),
+    "more than a float": ({"json_schema": '{"const": 1e999}'}, "output_format.json_schema", "too large"),
+    "many digits": (
+        {"json_schema": f'{{"const": {"9" * 5000}}}'},
+        "output_format.json_schema",
+        "5000 digits",
+    ),
+    "a text in JSON": ({"json_schema": '"{}"'}, "output_format.json_schema", "not a JSON object"),
+    "of itself": ({"json_schema": '{"$ref": "#"}'}, "output_format.json_schema", "no text satisfies"),
+    "a bad expression": ({"regex": "["}, "output_format.regex", "unclosed character class"),
+    "half an escape": ({"regex": "a\\\\\\"}, "output_format.regex", "escapes nothing"),
     "another file": ({"json_schema": '{"$ref": "http://127.0.0.1/x"}'}, "output_format.json_schema", "not"),
     "a long schema": ({"json_schema": " " * 65_537}, "output_format.json_schema", "65536 at most"),
     "deep": ({"json_schema": "[" * 60_000}, "output_format.json_schema", "JSON"),

@@ -28,7 +28,7 @@ def output_format(asked: ResponseFormat | None, after: str = "") -> inference_pb
     after: the format begins after this text.
 
     Raises:
-        ApiError: the schema is missing, or is there without a use.
+        ApiError: the schema is missing, or not UTF-8.
     """
     if asked is None or asked.type == "text":
         return None
@@ -36,8 +36,12 @@ def output_format(asked: ResponseFormat | None, after: str = "") -> inference_pb
         return inference_pb2.OutputFormat(json_object=True, after=after)
     if asked.json_schema is None:
         raise invalid("response_format.json_schema", "is missing; give a name and a schema")
-    # The body has been read as JSON, so this is UTF-8.
-    return inference_pb2.OutputFormat(json_schema=bytes(asked.json_schema.schema).decode(), after=after)
+    try:  # the decoder of the body has not looked into strings of the schema
+        schema = bytes(asked.json_schema.schema).decode()
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8: byte {error.start} of it is none; send JSON in UTF-8"
+        raise invalid("response_format.json_schema.schema", problem) from None
+    return inference_pb2.OutputFormat(json_schema=schema, after=after)
 
 
 def tool_calls(

@@ -93,6 +93,11 @@ async def test_a_wrong_field_is_named_in_a_sentence(http, body, param, sentence)
         (b'{"prompt": ' + b"[" * 100_000, "prompt"),
         (b'{"metadata": {"a": ' + b"[" * 100_000, "the body is nested too deeply"),
         (b"\xef\xbb\xbf{}", "is not valid JSON: invalid character"),
+        (
+            b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "a", '
+            b'"schema": {"title": "\xff"}}}}',
+            "response_format.json_schema.schema is not UTF-8",
+        ),
     ],
 )
 async def test_what_is_no_request_is_refused(http, content, sentence):

@@ -6,6 +6,7 @@ a schema in milliseconds where others build automata first, and it bounds the wo
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,8 +24,18 @@ TOO_SLOW: Final = f"takes more than {COMPILE_CPU_S:g} s to compile; use fewer al
 NOT_INSTALLED: Final = "needs llguidance, which is not installed in this worker; install moe-operator[worker]"
 _SHOWN: Final = 300
 _BYTES: Final = 256
+_DIGITS_MOST: Final = 400
+"""Of an integer: a float has at most 309."""
+_DIGITS_SHOWN: Final = 40
+_REASON: Final = "error: "
+_NO_TEXT: Final = "NoExtensionBias"
+"""What llguidance says of a grammar that allows no first token."""
 _JSON: Final[Any] = {"whitespace_pattern": r"[ \t\r\n]{1,20}"}
 """Models that are unsure write white space for ever where it is not bounded."""
+
+
+class FormatError(ValueError):
+    """Why there is no grammar of a format."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +65,72 @@ def limits() -> "LLParserLimits":
 
 
 def grammar_of(output_format: OutputFormat) -> str:
-    """The grammar of a format. Raises ValueError and RecursionError for a schema that is not JSON."""
+    """The grammar of a format.
+
+    Raises:
+        FormatError: a schema is not JSON, or an expression is incomplete.
+        ValueError: llguidance refuses the format.
+    """
     from llguidance import LLMatcher  # noqa: PLC0415 - optional
 
     match output_format.kind:
         case "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(json.loads(output_format.text), overrides=_JSON)
+            schema = _schema(output_format.text)
+            if not isinstance(schema, dict):
+                raise FormatError("is not a JSON object; send a JSON Schema")
+            return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
         case "regex":
-            return LLMatcher.grammar_from_regex(output_format.text)
+            return LLMatcher.grammar_from_regex(_expression(output_format.text))
         case "tagged":
             return LLMatcher.grammar_from_lark(_lark(output_format.tagged or TaggedValues(())))
+
+
+def _schema(text: str) -> Any:
+    """The schema in a text.
+
+    llguidance would take null for a number that JSON or a float does not have, so those are refused.
+
+    Raises:
+        FormatError: it is not JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = _short(error)
+    raise FormatError(f"is not valid JSON: {problem}; send a JSON Schema")
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:_DIGITS_SHOWN]} is too large for a number")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS_MOST:
+        raise ValueError(f"an integer has {len(digits)} digits, and {_DIGITS_MOST} are allowed")
+    return int(digits)
+
+
+def _expression(text: str) -> str:
+    r"""The expression as llguidance can take it, between slashes.
+
+    `//` would be a comment, and it ignores a `\` at the end.
+
+    Raises:
+        FormatError: the last character escapes one that is missing.
+    """
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise FormatError("ends with a backslash that escapes nothing; write it twice, or leave it out")
+    return text or "(?:)"
 
 
 def _lark(tagged: TaggedValues) -> str:
@@ -77,7 +142,7 @@ def _lark(tagged: TaggedValues) -> str:
         "value: " + " | ".join(f"tag_{number}" for number in range(len(tagged.tags))),
     ]
     for number, tag in enumerate(tagged.tags):
-        schema = json.loads(tag.schema)
+        schema = _schema(tag.schema)
         options = schema | {"x-guidance": _JSON} if isinstance(schema, dict) else schema
         value = f"%json {json.dumps(options)}"
         rules.append(f"tag_{number}: {_literal(tag.begin)} {value} {_literal(tag.end)}")
@@ -99,13 +164,15 @@ def check(output_format: OutputFormat) -> Verdict:
     began = time.process_time()
     try:
         grammar = grammar_of(output_format)
-    except (ValueError, RecursionError) as error:
-        return Verdict(f"is not valid JSON: {_short(error)}; send a JSON Schema")
+    except FormatError as error:
+        return Verdict(str(error))
+    except ValueError as error:
+        return Verdict(_unsupported(error))
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
-        return Verdict(f"is not supported: {_short(matcher.get_error())}; change or leave out that part")
+        return Verdict(_unsupported(matcher.get_error()))
     return Verdict(TOO_SLOW if time.process_time() - began > COMPILE_CPU_S else "")
 
 
@@ -133,6 +200,14 @@ class _Bytes:
         return list(text.encode())
 
 
+def _unsupported(problem: object) -> str:
+    return f"is not supported: {_short(problem)}; change or leave out that part"
+
+
 def _short(problem: object) -> str:
-    first, *_ = str(problem).strip().splitlines() or ["no reason given"]
-    return first[:_SHOWN].rstrip(".")
+    """The first line of what llguidance says; where that only announces a reason, the reason behind it."""
+    first, *more = str(problem).strip().splitlines() or ["no reason given"]
+    if first == _NO_TEXT:
+        return "no text satisfies it"
+    reason = next((line for line in more if line.startswith(_REASON)), "")
+    return f"{first} {reason.removeprefix(_REASON)}"[:_SHOWN].rstrip(". ")

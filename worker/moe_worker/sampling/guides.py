@@ -205,7 +205,9 @@ class Guides:
         rows = bits_MB.numpy()
         live = []
         for place, (_, guide) in enumerate(guided):
-            if guide.unguided.waits or guide.own.is_stopped():
+            if guide.unguided.waits:
+                rows[place] = self._going_on
+            elif guide.own.is_stopped():
                 rows[place] = _ALL
             else:
                 live.append((guide, place))
@@ -285,6 +287,13 @@ class Guides:
         own = compiled.pristine.deep_copy()
         own.consume_tokens(written)
         return TextMatcher(own, compiled)
+
+    @cached_property
+    def _going_on(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """The mask of all tokens but those that end a text: one without its format ends by none."""
+        allowed = np.full(-(-self._vocab_size // _WORD_BITS) * _WORD_BITS, fill_value=True)
+        allowed[list(self._ends)] = False
+        return np.packbits(allowed, bitorder="little")
 
     @cached_property
     def _compiling(self) -> ThreadPoolExecutor:
