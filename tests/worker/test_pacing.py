@@ -35,7 +35,7 @@ class Streams:
 
     async def push(self, token, streams=None, reason=None):
         for stream in self.streams if streams is None else streams:
-            stream.push(Delta(1, "", token, reason), 0, 1)
+            stream.push(Delta(1, "", token, reason), 1)
         await settled()
 
     async def end_pause(self):

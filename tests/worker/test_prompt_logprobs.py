@@ -141,8 +141,8 @@ def test_a_worker_names_the_field(worker):
 async def test_a_slow_reader_gets_scores_in_bounded_messages():
     stream = Stream(Timeline(Anchor.now(), 0))
     for number in range(25):
-        stream.push(Delta(1, "", None, prompt=(TokenLogprobs(-float(number)),) * 100), 0, 1)
-    stream.push(Delta(1, "end", 7, FinishReason.LENGTH), 1, 2)
+        stream.push(Delta(1, "", None, prompt=(TokenLogprobs(-float(number)),) * 100), 1)
+    stream.push(Delta(1, "end", 7, FinishReason.LENGTH), 2)
     sizes, tokens = [], []
     while stream.pending:
         chunk = await stream.take()

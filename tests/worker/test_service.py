@@ -211,8 +211,8 @@ def test_a_slow_reader_holds_up_nobody_and_misses_nothing(worker):
 async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
     stream = Stream(Timeline(Anchor(0, 0), submitted_ns=0))
     for token in range(100):
-        stream.push(Delta(1, str(token), token), start_ns=token, end_ns=token + 1)
-    stream.push(Delta(1, "!", 100, FinishReason.LENGTH), start_ns=100, end_ns=101)
+        stream.push(Delta(1, str(token), token), end_ns=token + 1)
+    stream.push(Delta(1, "!", 100, FinishReason.LENGTH), end_ns=101)
     chunk = await stream.take()
     assert chunk.tokens == tuple(range(101))
     assert chunk.text == "".join(map(str, range(100))) + "!"
@@ -222,7 +222,7 @@ async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
 
 async def test_a_dead_engine_takes_nothing_back():
     stream = Stream(Timeline(Anchor(0, 0), submitted_ns=0))
-    stream.push(Delta(1, "a", 7), start_ns=0, end_ns=1)
+    stream.push(Delta(1, "a", 7), end_ns=1)
     stream.fail(EngineDiedError("gone"))
     assert (await stream.take()).tokens == (7,)
     for _ in range(2):

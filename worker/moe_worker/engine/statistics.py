@@ -41,14 +41,14 @@ class Statistics(NamedTuple):
 class EventKind(Enum):
     """Events of a request other than tokens."""
 
-    PREFIX_HIT = "prefix_hit"
+    ADMITTED = "admitted"
     PREEMPTED = "preempted"
 
 
 class Event(NamedTuple):
     """An event of request `id`.
 
-    tokens: for PREFIX_HIT those found in the cache; for PREEMPTED those of its prompt and text so far, which
+    tokens: for ADMITTED those found in the cache; for PREEMPTED those of its prompt and text so far, which
     are recomputed.
     """
 
@@ -117,7 +117,7 @@ class Tally:
     def note(self, plan: Plan, lengths: Mapping[int, int]) -> None:
         """Records a plan's events; `lengths` has the tokens of each request."""
         self.events += (Event(id_, EventKind.PREEMPTED, lengths[id_]) for id_ in plan.preempted)
-        self.events += (Event(id_, EventKind.PREFIX_HIT, cached) for id_, cached in plan.admitted if cached)
+        self.events += (Event(id_, EventKind.ADMITTED, cached) for id_, cached in plan.admitted)
 
     def count(self, step: Step, decoded: int, sampled: int) -> None:
         """Records a step that has run: its tokens of decode, and those that it sampled."""

@@ -254,7 +254,7 @@ class EngineClient:
                 self._streams[event.id].timeline.note(event, message.start_ns)
         for delta in message.deltas:
             if delta.id in self._streams:
-                self._streams[delta.id].push(delta, message.start_ns, message.end_ns)
+                self._streams[delta.id].push(delta, message.end_ns)
         if message.statistics.steps > before.steps:
             elapsed_s = (message.end_ns - message.start_ns) / 1e9
             self.step_s += elapsed_s

@@ -35,7 +35,7 @@ class TextChunk:
 class Timeline:
     """Times of one request, in nanoseconds of `time.monotonic_ns`; 0 for an event that has not happened.
 
-    anchor: turns them into timestamps.
+    anchor: turns them into timestamps. events: those about tokens, such as hits of the cache.
     """
 
     anchor: Anchor
@@ -49,10 +49,10 @@ class Timeline:
     finish_reason: FinishReason | None = None
     events: list[tuple[int, Event]] = field(default_factory=list)
 
-    def add(self, delta: Delta, start_ns: int, end_ns: int) -> None:
-        """Adds a token from a step that started at `start_ns` and ended at `end_ns`."""
+    def add(self, delta: Delta, end_ns: int) -> None:
+        """Adds a token from a step that ended at `end_ns`."""
         if self.tokens == 0 and delta.token is not None:
-            self.prefill_start_ns, self.first_token_ns = start_ns, end_ns
+            self.first_token_ns = end_ns
         elif delta.token is not None:
             self.largest_gap_ns = max(self.largest_gap_ns, end_ns - self.last_token_ns)
         self.tokens += delta.token is not None
@@ -61,9 +61,10 @@ class Timeline:
 
     def note(self, event: Event, at_ns: int) -> None:
         """Adds an event other than a token; `cached_tokens` are those found when it first ran."""
-        if event.kind is EventKind.PREFIX_HIT and not self.events:
-            self.cached_tokens = event.tokens
-        self.events.append((at_ns, event))
+        if event.kind is EventKind.ADMITTED and not self.prefill_start_ns:
+            self.prefill_start_ns, self.cached_tokens = at_ns, event.tokens
+        if event.tokens:
+            self.events.append((at_ns, event))
 
 
 @dataclass
@@ -97,9 +98,9 @@ class Stream:
         """Whether the stream ended in an error: nothing more will come."""
         return self._error is not None
 
-    def push(self, delta: Delta, start_ns: int, end_ns: int) -> None:
-        """Adds what a step has produced."""
-        self.timeline.add(delta, start_ns, end_ns)
+    def push(self, delta: Delta, end_ns: int) -> None:
+        """Adds what a step that ended at `end_ns` has produced."""
+        self.timeline.add(delta, end_ns)
         self._text.append(delta.text)
         if delta.token is not None:
             self._tokens.append(delta.token)

@@ -14,7 +14,7 @@ from moe_worker.service.streams import Timeline
 
 # Names of an engine event and of its token count on a span.
 EVENT_NAMES = {
-    EventKind.PREFIX_HIT: ("moe_worker.prefix_cache_hit", "moe_worker.cached_tokens"),
+    EventKind.ADMITTED: ("moe_worker.prefix_cache_hit", "moe_worker.cached_tokens"),
     EventKind.PREEMPTED: ("moe_worker.preempted", "moe_worker.recomputed_tokens"),
 }
 
@@ -70,8 +70,8 @@ def record_outcome(
 
 def _phases(timeline: Timeline, now_ns: int) -> Iterator[tuple[str, int, int]]:
     """(name, start, end) of the phases of a request."""
-    queue_end_ns = timeline.prefill_start_ns or now_ns
-    yield "queue", timeline.submitted_ns, max(queue_end_ns, timeline.submitted_ns)
+    yield "queue", timeline.submitted_ns, max(timeline.prefill_start_ns or now_ns, timeline.submitted_ns)
+    if timeline.prefill_start_ns:
+        yield "prefill", timeline.prefill_start_ns, timeline.first_token_ns or now_ns
     if timeline.tokens:
-        yield "prefill", timeline.prefill_start_ns, timeline.first_token_ns
         yield "decode", timeline.first_token_ns, timeline.last_token_ns
