@@ -136,7 +136,7 @@ def engine(batch: int, args: argparse.Namespace) -> EngineCore:
     options = EngineOptions(
         device="cpu", max_batch_size=batch, prefill_tokens=16_384, prefix_cache=False, target_step_ms=10_000
     )
-    loaded = LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "w4a8", ())
+    loaded = LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "w4a8")
     core, seen = EngineCore(loaded, options, flights=2), set[int]()
     sampling = SamplingParameters(max_tokens=context - CONTEXT, ignore_eos=True, temperature=args.temperature)
     for number in range(batch):

@@ -109,7 +109,7 @@ class Bench:
             device="cuda", max_batch_size=batch, prefill_tokens=prefill_tokens, prefix_cache=False,
             target_step_ms=10_000,
         )  # fmt: skip
-        loaded = LoadedModel(config, runner, NO_TEXT, cache, context, number_format, ())
+        loaded = LoadedModel(config, runner, NO_TEXT, cache, context, number_format)
         return cls(model, loaded, options, runner)
 
 

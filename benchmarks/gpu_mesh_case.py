@@ -240,7 +240,7 @@ def cache_of_width(
 def loaded_model(
     config: ModelConfig, runner: Runner, cache: PagedCache, context: int, member: Member | None
 ) -> LoadedModel:
-    return LoadedModel(config, runner, NO_TEXT, cache, context, "random", (), member)
+    return LoadedModel(config, runner, NO_TEXT, cache, context, "random", member)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

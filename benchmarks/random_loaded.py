@@ -41,4 +41,4 @@ def random_loaded(
             runner = CudaRunner(
                 prepare(model, consume=True), cache, sequences, context, options.prefill_tokens, progress=True
             )
-    return LoadedModel(config, runner, NO_TEXT, cache, context, number_format, ())
+    return LoadedModel(config, runner, NO_TEXT, cache, context, number_format)

@@ -70,7 +70,7 @@ def load(
     pages = options.max_batch_size * shape.pages_for(context)
     cache = PagedCache.allocate(shape, pages, torch.device("cpu"))
     runner = cast("Runner", Paced(options.max_batch_size, config.vocab_size))
-    return LoadedModel(config, runner, load_tokenizer(directory, config), cache, context, "w4a8", ())
+    return LoadedModel(config, runner, load_tokenizer(directory, config), cache, context, "w4a8")
 
 
 def main() -> None:

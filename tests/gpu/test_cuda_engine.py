@@ -65,7 +65,7 @@ class Both:
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
             self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT, 256)
             self.plain = ModelRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
-        self.loaded = LoadedModel(self.config, self.runner, NO_TEXT, self.cache, CONTEXT, number_format, ())
+        self.loaded = LoadedModel(self.config, self.runner, NO_TEXT, self.cache, CONTEXT, number_format)
 
     @torch.inference_mode()
     def exact(self, tokens):

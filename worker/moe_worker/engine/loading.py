@@ -1,6 +1,7 @@
 """Loads a model from a checkpoint directory and engine options."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from moe_worker.models.tokenizer_guard import load_guarded
 from moe_worker.moe.learning import RoutingLearner
 from moe_worker.sampling.guides import Guides
 
+log = logging.getLogger(__name__)
 # Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -56,8 +58,7 @@ CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 class LoadedModel:
     """The constant state of the engine, and its cache.
 
-    kernels: the implementation of each operation and the reason, one line each. member: this process in its
-    mesh; None: it is the whole replica. prepared: see `guides`.
+    member: this process in its mesh; None: it is the whole replica. prepared: see `guides`.
     """
 
     config: ModelConfig
@@ -66,7 +67,6 @@ class LoadedModel:
     cache: PagedCache
     context: int
     format: str
-    kernels: tuple[str, ...]
     member: Member | None = None
     learner: RoutingLearner | None = None
     prepared: Guides | None = None
@@ -114,7 +114,9 @@ def load(
     name = NAMES[dtype] if weights == "dense" else weights
     shape, spread, stage, share = options.mesh_shape, None, None, 1.0
     hardware = probe(device, config, name, shape)
-    path = choose("pass", name, hardware).implementation
+    chosen = choose("pass", name, hardware)
+    log.info("kernels: %s", chosen)
+    path = chosen.implementation
     rows = _cache_shape(config, options, dtype, path)
     if shape.ranks == 1:
         _check_sizes(config, name, rows, options, context, device)
@@ -143,8 +145,7 @@ def load(
         unfinished.pop_all()
     if device.type == "cpu":
         keep_freed()
-    lines = tuple(explain(name, hardware))
-    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner, guides)
+    return LoadedModel(config, runner, tokenizer, cache, context, name, member, learner, guides)
 
 
 def _guides_of(tokenizer: Tokenizer, config: ModelConfig) -> Guides:
@@ -245,7 +246,7 @@ def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
 def probe(
     device: torch.device, config: ModelConfig, number_format: str, shape: MeshShape = ONE_PROCESS
 ) -> Hardware:
-    """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
+    """Kernels that `device` has for a model in `number_format` (see registry.choose)."""
     if device.type == "cuda":
         return replace(gpu.probe_gpu(config, number_format, device), ranks=shape.expert)
     reason = _unsupported_on_cpus(config, number_format)

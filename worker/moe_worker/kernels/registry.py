@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from moe_worker.kernels.cpu import build, library
 
 OPERATIONS = ("linear", "attention", "router", "dispatch", "experts", "norm", "pass", "sampling")
-FORMATS = ("fp32", "bf16", "w4a16", "w4a8", "fp8")
 REFERENCE, TRITON = "reference", "triton"
 
 
@@ -113,7 +112,10 @@ def probe_cpu() -> Hardware:
 
 
 def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoice:
-    """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
+    """The implementation of `operation`, of OPERATIONS.
+
+    number_format: what a model computes in: fp32 or bf16 with dense weights, else fp8, w4a16 or w4a8.
+    """
     if operation == "sampling":
         implementation, function, reason = _SAMPLING[hardware.device]
         return KernelChoice(operation, number_format, implementation, function, reason)
