@@ -133,9 +133,6 @@ def _call(endpoint: Endpoint, request: inference_pb2.GenerateRequest, timeout: f
             result = print_stream(call, sent=sent)
             _end(call)
             return result
-        except KeyboardInterrupt:
-            call.cancel()
-            sys.exit(errors.INTERRUPTED)
         except BrokenPipeError:
             # The reader, such as `head`, has closed the pipe. Python would report that again at exit.
             call.cancel()

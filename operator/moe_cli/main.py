@@ -1,5 +1,8 @@
 """The command `moe`."""
 
+import sys
+from typing import Any
+
 import click
 
 from moe_cli.chat import chat
@@ -9,11 +12,22 @@ from moe_cli.key import key
 from moe_cli.rollout import rollout
 from moe_cli.status import status
 from moe_cli.tokenize import tokenize
+from moe_client import errors
 from moe_tools.load.command import load
 from moe_tools.replay.command import replay
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Ctrl-C ends every command alike; click itself would print "Aborted!" and exit with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(errors.INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="moe-operator")
 def main() -> None:
     """Uses and inspects Mixture-of-Experts models served by moe-operator.

@@ -145,6 +145,16 @@ def test_status_keeps_waiting_while_the_api_server_restarts(server, away):
     assert reasons == ["RollingOut", "Waiting", "Complete"]
 
 
+def test_ctrl_c_ends_it_silently_with_the_exit_code_of_shells(server, monkeypatch):
+    def interrupted(_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout.time, "sleep", interrupted)
+    server.deployment = [body("RollingOut")]
+    done = moe("status", "docs")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "RollingOut: 1/1 replicas ready\n", "")
+
+
 def test_status_does_not_wait_for_an_api_server_that_stays_away(server, monkeypatch):
     server.deployment = [refusal(503, "etcd is away")]
     never = moe("status", "docs")
