@@ -22,7 +22,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -85,7 +85,7 @@ def read_recording(path: Path) -> Recording:
     columns = [column.strip().lower() for column in head.split(",")]
     time, count, prompt, answer = (_first(columns, names) for names in (_TIMES, _COUNTS, _INPUTS, _OUTPUTS))
     if time is None or (count is None and prompt is None and answer is None and time != "timestamp"):
-        raise TraceError(f"{path}: its first line is {head[:60]!r}; a trace is {_KINDS}")
+        raise TraceError(f"{path}: its first line is {head[:_SHOWN]!r}; a trace is {_KINDS}")
     rows = _csv_rows(path, lines, columns, (time, count, prompt, answer))
     return Recording(path, list(rows), intervals=count is not None, per_second=count == "rate")
 
@@ -173,7 +173,7 @@ def _time(path: Path, number: int, text: str) -> float:
             f"{path}:{number}: {repr(text)[:_SHOWN]} is not a time; write seconds, or like "
             "2024-05-12 00:00:10"
         ) from error
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # noqa: UP017
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _finite(path: Path, number: int, seconds: float) -> float:

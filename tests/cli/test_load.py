@@ -24,12 +24,12 @@ NONE = np.zeros(0, np.int64)
 
 
 def counts(numbers, interval_s=10.0):
-    return RequestTrace("t", 0.0, interval_s, np.array(numbers, float), np.zeros(0), NONE, NONE)
+    return RequestTrace(interval_s, np.array(numbers, float), np.zeros(0), NONE, NONE)
 
 
 def requests(at_s, lengths):
     lengths = np.array(lengths, np.int64)
-    return RequestTrace("t", 0.0, 0.0, np.zeros(0), np.array(at_s, float), lengths, lengths)
+    return RequestTrace(0.0, np.zeros(0), np.array(at_s, float), lengths, lengths)
 
 
 def test_every_request_of_the_trace_is_due_within_its_interval():

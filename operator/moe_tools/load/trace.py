@@ -19,26 +19,16 @@ _INTERVALS_MOST: Final = 10_000_000
 class RequestTrace:
     """A recorded load: either `counts` of intervals, or single requests."""
 
-    name: str
-    start: float
-    """Time of the first row, seconds since the epoch, or since the origin of the file."""
     interval_s: float
     """Length of an interval in seconds; 0 where single requests are known."""
     counts: NDArray[np.float64]
     """Requests of each interval; empty where single requests are known."""
     at_s: NDArray[np.float64]
-    """When each request came, in seconds since `start`, ascending; empty where only counts are known."""
+    """When each request came, in seconds since the first, ascending; empty where only counts are known."""
     input_tokens: NDArray[np.int64]
     """Tokens of each request's prompt; empty where unknown."""
     output_tokens: NDArray[np.int64]
     """Tokens of each request's continuation; empty where unknown."""
-
-    @property
-    def duration_s(self) -> float:
-        """Length of the trace in seconds."""
-        if len(self.counts):
-            return len(self.counts) * self.interval_s
-        return float(self.at_s[-1]) if len(self.at_s) else 0.0
 
 
 def read(path: Path) -> RequestTrace:
@@ -63,8 +53,7 @@ def _of_requests(recording: Recording) -> RequestTrace:
         )
     prompts = _tokens([row.input_tokens for row in recording.rows])
     answers = _tokens([row.output_tokens for row in recording.rows])
-    start = float(times[0])
-    return RequestTrace(recording.path.name, start, 0.0, np.zeros(0), times - start, prompts, answers)
+    return RequestTrace(0.0, np.zeros(0), times - times[0], prompts, answers)
 
 
 def _tokens(lengths: list[float | None]) -> NDArray[np.int64]:
@@ -94,4 +83,4 @@ def _of_counts(recording: Recording) -> RequestTrace:
     counts = np.zeros(int(places[-1]) + 1)  # an interval that the file omits has no requests
     counts[places] = counted * interval if recording.per_second else counted
     none = np.zeros(0, np.int64)
-    return RequestTrace(path.name, float(times[0]), interval, counts, np.zeros(0), none, none)
+    return RequestTrace(interval, counts, np.zeros(0), none, none)

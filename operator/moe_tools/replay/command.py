@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -149,8 +149,6 @@ def _step_of(trace: WorkTrace, text: str) -> int:
         raise click.UsageError(
             f"--tune-until {text!r} is neither a share like 0.5 nor a time like 2024-05-13T12:00"
         ) from None
-    from datetime import UTC  # noqa: PLC0415
-
     seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     return int((seconds - trace.start) / trace.step_s)
 
