@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import os
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from localcluster import golang
 from localcluster.compilation import Compilation, Program, Source
 from localcluster.errors import BuildError
+from localcluster.layout import cache_directory
 from localcluster.progress import Progress, Reporter, Step, ignore
 
 KUBERNETES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl")
@@ -37,12 +37,6 @@ CLUSTER = Source(
 )
 
 
-def cache_root() -> Path:
-    """`moe-operator` under the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moe-operator"
-
-
 def ensure(
     names: Sequence[str], progress: Progress = ignore, *, source: Source = CLUSTER, cache: Path | None = None
 ) -> dict[str, Path]:
@@ -55,13 +49,13 @@ def ensure(
         names: the names of programs, such as `kubectl`.
         progress: told what happens.
         source: the Go module to build from.
-        cache: instead of `cache_root()`.
+        cache: instead of `cache_directory()`.
 
     Raises:
         BuildError: an unknown name, no compiler, or a failed compilation.
     """
     chosen = source.choose(names)
-    root = cache or cache_root()
+    root = cache or cache_directory()
     home = root / "bin" / source.digest()
     if _missing(home, chosen):
         home.mkdir(parents=True, exist_ok=True)

@@ -248,10 +248,6 @@ class Cluster:
         finally:
             self._ask({"do": "resume", "name": component})
 
-    def restart_kubelet(self) -> None:
-        """`restart("kubelet")`; pods go on running."""
-        self.restart("kubelet")
-
     def _not_running(self) -> NotRunningError:
         return NotRunningError(
             f"no cluster runs in {self.directory}; start one with `python -m localcluster up`"

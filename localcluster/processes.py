@@ -32,12 +32,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """What `up` leaves for later commands: the process that is the cluster, and the API server's port on
-    127.0.0.1.
-    """
+    """What `up` leaves for later commands: the process that is the cluster."""
 
     init: Identity
-    api_port: int
 
     def write(self, path: Path) -> None:
         """Writes the record atomically."""
@@ -52,7 +49,7 @@ def read_record(path: Path) -> Record | None:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    return Record(Identity(**content["init"]), content["api_port"])
+    return Record(Identity(**content["init"]))
 
 
 def parse_start_time(stat: str) -> int:

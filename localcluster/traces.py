@@ -1,6 +1,6 @@
 """Reads spans out of what the OpenTelemetry Collector's debug exporter prints, and draws a trace as a tree.
 
-    kubectl logs -n moe-system otelcol | python -m localcluster.traces --trace-id ID
+    kubectl logs -n observability deployment/otelcol | python -m localcluster.traces --trace-id ID
 
 The collector that runs here keeps no traces; its debug exporter (``verbosity: detailed``) prints every span
 it receives. That text is meant for people, so a value with line breaks whose lines look like the

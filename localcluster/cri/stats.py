@@ -12,13 +12,10 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Usage:
-    """Processor time in nanoseconds, resident memory in bytes (shared pages count once per process),
-    processes.
-    """
+    """Processor time in nanoseconds, and resident memory in bytes (shared pages count once per process)."""
 
     cpu: int = 0
     resident: int = 0
-    processes: int = 0
 
 
 def usage(pid: int) -> Usage:
@@ -42,4 +39,4 @@ def _add(total: Usage, directory: Path, namespace: str) -> Usage:
     except OSError:  # it ended meanwhile, or belongs to another user
         return total
     cpu = (int(fields[11]) + int(fields[12])) * _TICK
-    return Usage(total.cpu + cpu, total.resident + int(fields[21]) * _PAGE, total.processes + 1)
+    return Usage(total.cpu + cpu, total.resident + int(fields[21]) * _PAGE)

@@ -92,7 +92,7 @@ def launch(layout: Layout, progress: socket.socket) -> None:
         raise ChildProcessError(
             f"the cluster's first process {pid} ended at once; see {layout.log('supervisor')}"
         )
-    Record(identity, listener.getsockname()[1]).write(layout.record)
+    Record(identity).write(layout.record)
     os.write(written, b"w")
 
 

@@ -156,7 +156,7 @@ def test_down_never_kills_a_stranger(directory: Path) -> None:
         layout = Layout(directory)
         layout.run.mkdir()
         # The cluster's process has gone, and its number has been given to someone else.
-        Record(Identity(own.pid, own.started - 1, own.boot), 1).write(layout.record)
+        Record(Identity(own.pid, own.started - 1, own.boot)).write(layout.record)
         assert not Cluster(directory).down()
         assert stranger.poll() is None
         stranger.kill()
