@@ -9,16 +9,10 @@ import json
 import ssl
 import threading
 from base64 import b64encode
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from types import SimpleNamespace
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from kubernetes.dynamic.exceptions import DynamicApiError
 
 from moe_operator.apiserver.answers import message, translated
@@ -32,6 +26,7 @@ from moe_operator.errors import (
 from moe_operator.settings import Settings
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import eventually, manifest
+from tests.pki import Authority
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 ADMISSION = "/apis/admissionregistration.k8s.io/v1"
@@ -87,15 +82,6 @@ def policy(reason):
 @pytest.fixture
 def webhook():
     """A server that denies whatever it is asked about, with the code that it is told."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "webhook")]), datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     status = {"message": "the team's rules"}
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,13 +97,13 @@ def webhook():
         def log_message(self, *_):
             pass
 
-    return SimpleNamespace(pem=pem, private=private, status=status, handler=Handler)
+    return SimpleNamespace(files=Authority().pair("127.0.0.1"), status=status, handler=Handler)
 
 
 @pytest.fixture
 def denying(api, webhook, tmp_path):
     file = tmp_path / "webhook.pem"
-    file.write_bytes(webhook.pem + webhook.private)
+    file.write_bytes(webhook.files["tls.crt"] + webhook.files["tls.key"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)
     server = ThreadingHTTPServer(("127.0.0.1", 0), webhook.handler)
@@ -132,7 +118,7 @@ def denying(api, webhook, tmp_path):
         "webhooks": [
             {
                 "name": "rules.example.org",
-                "clientConfig": {"url": url, "caBundle": b64encode(webhook.pem).decode()},
+                "clientConfig": {"url": url, "caBundle": b64encode(webhook.files["ca.crt"]).decode()},
                 "rules": [ROLES],
                 "sideEffects": "None",
                 "admissionReviewVersions": ["v1"],

@@ -44,7 +44,7 @@ def operator(api_server, tmp_path):
     api = Api(api_server)
     for space in SPACES:
         assert api.ask("POST", "/api/v1/namespaces", {"metadata": {"name": space}})[0] == 201
-    (subject,) = ({"apiGroup": RBAC, "kind": "User", "name": "somebody"},)
+    subject = {"apiGroup": RBAC, "kind": "User", "name": "somebody"}
     for one in objects("watchNamespaces={watched,seen}"):
         if one["kind"] in ("Role", "RoleBinding"):
             body = {**one, **({"subjects": [subject]} if "Binding" in one["kind"] else {})}
