@@ -37,6 +37,7 @@ from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.service import Frontend
 from moe_frontend.transport.watching import CacheWatching
 from moe_operator.errors import MoEOperatorError
+from moe_operator.resources import names
 
 _LOG: Final = logging.getLogger("moe-frontend")
 _SCOPE: Final = "moe_operator.frontend"
@@ -256,7 +257,7 @@ def _discovery(
     def publish(endpoints: frozenset[Endpoint]) -> None:
         loop.call_soon_threadsafe(update, endpoints)
 
-    service = f"{options.deployment}-workers"
+    service = names.workers(options.deployment)
     source = slices.slices_of(slices.cluster_api(), options.namespace, service)
     watcher = slices.SliceWatcher(source, service, publish, supervisor)
     watcher.start()

@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from moe_api.address import join
-
-PORT_NAME: Final = "grpc"
-SECURE_PORT_NAME: Final = "grpc-tls"
+from moe_operator.resources import names
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -92,10 +90,10 @@ def _pods(piece: Mapping[str, Any]) -> Iterable[str]:
 def _port(ports: Iterable[Mapping[str, Any]]) -> tuple[int | None, bool]:
     """The port of gRPC by its name, or else the only one, and whether its name says that it serves TLS."""
     numbers = {port.get("name"): port.get("port") for port in ports}
-    if SECURE_PORT_NAME in numbers:
-        return numbers[SECURE_PORT_NAME], True
+    if names.SECURE_GRPC_PORT_NAME in numbers:
+        return numbers[names.SECURE_GRPC_PORT_NAME], True
     only = next(iter(numbers.values())) if len(numbers) == 1 else None
-    return numbers.get(PORT_NAME, only), False
+    return numbers.get(names.GRPC_PORT_NAME, only), False
 
 
 def _endpoint(endpoint: Mapping[str, Any], port: int, *, secure: bool) -> Endpoint:

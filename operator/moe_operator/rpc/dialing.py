@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import grpc
 
-from moe_api import mutual
+from moe_api import mutual, transport
 from moe_api.address import join
 from moe_api.tls import KeyPair
 from moe_operator.resources import names, peers
@@ -55,6 +55,11 @@ class Dialer:
 
 
 PLAINTEXT: Final = Dialer()
+
+
+def answers_up_to(most_bytes: int) -> Options:
+    """Options of a channel to a pod that may send no larger answers."""
+    return tuple({**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": most_bytes}.items())
 
 
 def target(address: str) -> str:

@@ -6,30 +6,19 @@ from typing import Final
 
 import grpc
 
-from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
 from moe_operator.observed.downloads import Download
 from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
-from moe_operator.rpc.dialing import PLAINTEXT, Dialer
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer, answers_up_to
 
 _INT64_MOST = 2**63 - 1
 _LONGEST_S: Final = 30 * 24 * 3600
-_ANSWER_MOST_BYTES: Final = 64 * 1024
-_MODEL_MOST_BYTES: Final = 1 << 20
-
-
-def _options(answer_most_bytes: int) -> tuple[tuple[str, int], ...]:
-    return tuple(
-        {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": answer_most_bytes}.items()
-    )
-
-
-CHANNEL_OPTIONS: Final = _options(_ANSWER_MOST_BYTES)
+CHANNEL_OPTIONS: Final = answers_up_to(64 * 1024)
 """Options of channels to workers: the responses that the operator reads have a few KiB."""
-_MODEL_OPTIONS: Final = _options(_MODEL_MOST_BYTES)
+_MODEL_OPTIONS: Final = answers_up_to(1 << 20)
 """GetModel's response contains the chat template, of up to 256 KiB."""
 
 

@@ -10,21 +10,17 @@ from typing import Final
 
 import grpc
 
-from moe_api import transport
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.observed.pods import Pod
 from moe_operator.planner.mesh import Balance, MeshReading, balance
-from moe_operator.rpc.dialing import PLAINTEXT, Dialer
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer, answers_up_to
 from moe_operator.rpc.together import ask
 
 _FRESH_SECONDS: Final = 20.0
 _KEPT: Final = 10_000
-_ANSWER_MOST_BYTES: Final = 4 << 20
 _STAGES_MOST: Final = 1024
 _NUMBER_MOST: Final = 2**31 - 1
-_OPTIONS: Final = tuple(
-    {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": _ANSWER_MOST_BYTES}.items()
-)
+_OPTIONS: Final = answers_up_to(4 << 20)
 """The load of 256 experts in 61 layers is 80 KiB."""
 
 
