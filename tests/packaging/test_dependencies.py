@@ -1,5 +1,6 @@
-"""The lower bounds and the locked versions of what we depend on."""
+"""What we depend on: all that is imported is declared; the lower bounds and the locked versions."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,17 @@ INSTALLED = [
     ]
 ]
 PINNED = re.compile(r"^([a-z0-9._-]+)==([^ ;]+)(?: ; ([^\\]+))? \\$", re.MULTILINE)
+
+OPERATOR = ["moe_operator", "moe_frontend", "moe_cli", "moe_client", "moe_tools"]
+PARTS = {
+    "operator": (["protos/moe_api", *(f"operator/{name}" for name in OPERATOR)], ["operator"]),
+    "worker": (["protos/moe_api", "worker/moe_worker"], ["worker", "fetch"]),
+    "local": (["localcluster"], ["local"]),
+}
+"""What each installation has: folders of packages, and extras."""
+OPTIONAL = {"transformers", "triton"}
+"""The first is only compared with, the second comes with torch where there may be GPUs."""
+OURS = {*OPERATOR, "localcluster", "moe_api", "moe_worker"}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -44,6 +58,28 @@ def pinned(name):
     for package, version, _ in PINNED.findall((ROOT / "requirements" / f"{name}.txt").read_text()):
         found.setdefault(package, set()).add(Version(version))
     return found
+
+
+def imported(folder) -> Iterator[str]:
+    """Top-level names of all modules that the files of a folder import, also lazily."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_imported_is_declared(part):
+    """Development has everything installed, and an image only this."""
+    folders, extras = PARTS[part]
+    texts = [*PROJECT["dependencies"], *(t for e in extras for t in PROJECT["optional-dependencies"][e])]
+    declared = {Requirement(text).name.lower().replace("_", "-") for text in texts}
+    names = {name for folder in folders for name in imported(ROOT / folder)}
+    from_outside, brings = names - sys.stdlib_module_names - OURS - OPTIONAL, packages_distributions()
+    providers = {name: {found.lower().replace("_", "-") for found in brings[name]} for name in from_outside}
+    assert {name for name, found in providers.items() if not found & declared} == set()
 
 
 def test_the_bounds_reach_what_the_generated_stubs_ask_for_when_they_are_imported():
@@ -81,7 +117,7 @@ def test_every_locked_package_has_hashes_and_no_file_names_a_host():
 
 
 @pytest.mark.parametrize("name", ["dev", "dist", "operator", "worker"])
-def test_the_lock_belongs_to_the_project(name, tmp_path):
+def test_the_lock_belongs_to_the_project(name):
     """Every direct dependency is locked within its bounds: somebody who changed them ran `make lock`."""
     wanted = [Requirement(t) for t in PROJECT["optional-dependencies"][name] if "moe-operator" not in t]
     locked = pinned(name)
@@ -93,7 +129,7 @@ def test_the_lock_belongs_to_the_project(name, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        pytest.param("operator", ["moe_api", "moe_operator", "moe_frontend", "moe_cli"], id="operator"),
+        pytest.param("operator", ["moe_api", *OPERATOR], id="operator"),
         pytest.param("worker", ["moe_api", "moe_worker"], id="worker", marks=pytest.mark.slow),
     ],
 )
