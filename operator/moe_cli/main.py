@@ -18,7 +18,7 @@ from moe_tools.replay.command import replay
 
 
 class _Commands(click.Group):
-    """Ctrl-C ends every command alike; click itself would print "Aborted!" and exit with 1."""
+    """Ctrl-C ends every command with 130; click itself would print "Aborted!" and exit with 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
