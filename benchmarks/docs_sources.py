@@ -5,10 +5,11 @@ python -m benchmarks.docs_sources TEXT > labels.txt     # one a line, for `moe-w
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
+from benchmarks.commands import run
 from moe_worker.train.data import read_documents
 
 _RULES = (
@@ -36,5 +37,13 @@ def source_of(document: str) -> str:
     return "kernel"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", type=Path, help="the documents, as `moe-worker train --data` takes them")
+    print("\n".join(source_of(document) for document in read_documents(parser.parse_args().text)))
+
+
 if __name__ == "__main__":
-    print("\n".join(source_of(document) for document in read_documents(Path(sys.argv[1]))))
+    run(main)

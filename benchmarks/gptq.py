@@ -16,16 +16,22 @@ import argparse
 from pathlib import Path
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modeling.moe.linearize import load_quantizable_moe
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.commands import positive
 from moe_worker.train.data import read_documents
+
+try:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error}; install llm-compressor in an environment of its own:\n\n{__doc__}"
+    ) from None
 
 LONGEST = 512  # tokens of a calibration text
 IGNORED = ["lm_head", "re:.*kv_b_proj$", "re:.*mlp.gate$"]

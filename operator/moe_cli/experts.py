@@ -35,7 +35,7 @@ def experts(endpoint: Endpoint, model: str, timeout: float, top: int) -> None:
     expert most stand behind it.
 
     \b
-    Workers have no Service:
+    Frontends do not know experts, so forward the port of a worker's pod:
       kubectl port-forward pod/NAME-0-0 8000 & moe experts --tls-folder FOLDER
     With the files of the namespace's Secret moe-internal-frontend in FOLDER (docs/security.md); a worker
     without mutual TLS is asked without it.

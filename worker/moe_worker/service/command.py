@@ -291,7 +291,7 @@ def _integer(name: str) -> click.IntRange:
     envvar="MOE_WORKER_MESH_REFORMS",
     show_envvar=True,
     show_default=True,
-    help="How often in 10 minutes a mesh on CPUs may lose ranks and meet again; then the replica ends.",
+    help="How often in 10 minutes a mesh may lose ranks and meet again; after that the replica ends.",
 )
 @click.option(
     "--rebalance",
