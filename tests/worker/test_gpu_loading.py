@@ -141,7 +141,7 @@ def test_the_example_runs_on_the_kernels(number_format):
     [
         ("w4a8", True, 1, "kernels.triton.e4m3.experts_e4m3", "has them"),
         ("w4a8", False, 1, "kernels.triton.wide.experts_wide", "has them"),
-        ("w4a8", True, 2, "kernels.triton.wide.experts_wide", "ranks do not exchange"),
+        ("w4a8", True, 2, "kernels.triton.e4m3.experts_e4m3", "has them"),
         ("w4a16", True, 1, "kernels.triton.wide.experts_wide", "products in bf16"),
     ],
 )

@@ -138,8 +138,8 @@ def _of_large_passes(number_format: str, hardware: Hardware) -> list[KernelChoic
         return []
     functions, reason = _LARGE, "the library's products in bf16 are faster"
     if number_format == "w4a8":
-        functions = _LARGE_E4M3 if hardware.e4m3 and hardware.ranks == 1 else _LARGE
-        reason = hardware.e4m3_reason if hardware.ranks == 1 else "ranks do not exchange activations in e4m3"
+        functions = _LARGE_E4M3 if hardware.e4m3 else _LARGE
+        reason = hardware.e4m3_reason
     return [
         KernelChoice(f"{operation} of large passes", number_format, TRITON, function, reason)
         for operation, function in functions.items()
