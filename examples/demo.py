@@ -37,6 +37,7 @@ client = openai.OpenAI(base_url=sys.argv[1], api_key="unused")
 for chunk in client.completions.create(model="{NAME}", prompt="The kernel", max_tokens=24, stream=True):
     print(chunk.choices[0].text, end="", flush=True)"""
 MESH = re.compile("[1-9][0-9]?x[1-9][0-9]?")
+WORKER_PORT = 8443  # of workers with mutual TLS
 READY_WITHIN_S = 300.0
 TRACE_WITHIN_S = 30.0
 
@@ -108,8 +109,7 @@ def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -
     console.print("\n[bold]$ kubectl get moed[/]")
     console.print(cluster.kubectl("get", "moed"), end="", markup=False)
     if mesh:
-        console.print(f"\n[bold]$ moe status {NAME}[/]")
-        show([str(Path(sys.executable).with_name("moe")), "status", NAME], cluster)
+        show_status(cluster)
 
 
 def check(variables: Mapping[str, str]) -> None:
@@ -202,6 +202,16 @@ def complete(cluster: Cluster) -> None:
         show([sys.executable, "-c", OPENAI, base])
 
 
+def show_status(cluster: Cluster) -> None:
+    """Prints the state of the deployment. Pods are not reachable from here, so a worker is asked for its
+    experts through a forward.
+    """
+    with Forward(cluster.directory, "default", f"{NAME}-workers", WORKER_PORT) as worker:
+        options = ["status", NAME, "--endpoint", worker.address]
+        console.print(f"\n[bold]$ moe {shlex.join(options)}[/]")
+        show([str(Path(sys.executable).with_name("moe")), *options], cluster)
+
+
 def show(command: list[str], cluster: Cluster | None = None) -> None:
     """Runs a command, for a cluster if there is one, and prints what it says."""
     environment = os.environ | {"COLUMNS": str(console.width)}
@@ -255,6 +265,8 @@ Running. Try:
   export KUBECONFIG=$PWD/{here}/kubeconfig PATH=$PWD/{here}/bin:$PWD/.venv/bin:$PATH
   kubectl get moed,pods                              who is there
   moe status {NAME}                                what the operator thinks
+  python -m localcluster forward default/{NAME}-workers:{WORKER_PORT} --local-port {WORKER_PORT} &
+  moe status {NAME} --endpoint 127.0.0.1:{WORKER_PORT}      the same, and the use of experts
   kubectl scale moed {NAME} --replicas=3           one more replica
   kubectl delete pod {NAME}-0-0                    a worker dies, and comes back
   python -m localcluster forward default/{NAME}-frontend:8080 --local-port 8080 &

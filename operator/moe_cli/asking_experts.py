@@ -25,7 +25,8 @@ _LONGEST_DETAIL: Final = 120
 _MUTUAL: Final = "with mutual TLS, add --tls-folder (docs/security.md)"
 _PLAINTEXT: Final = "without mutual TLS, leave out --tls-folder (MOE_TLS_FOLDER)"
 _REMEDY: Final = (
-    "where pods cannot be reached, `kubectl port-forward pod/{worker} 8000` and add --endpoint 127.0.0.1:8000"
+    "where pods cannot be reached, as from outside most clusters, run `kubectl port-forward{namespace} "
+    "pod/{worker} 8000` and add --endpoint 127.0.0.1:8000"
 )
 _REMEDY_OF_AN_ADDRESS: Final = "--endpoint has to be a worker's gRPC port, or one that forwards there"
 
@@ -48,6 +49,7 @@ def used(
     given: Endpoint,
     own: KeyPair | None = None,
     timeout_s: float = TIMEOUT_S,
+    namespace: str = "",
 ) -> dict[str, Any] | None:
     """The use of experts in each replica that is ready; None if no replica has statistics.
 
@@ -56,6 +58,7 @@ def used(
         given: how to reach workers; with an address, only the worker there is asked.
         own: a certificate of the namespace, for workers with mutual TLS if `given` has none.
         timeout_s: for all of them together.
+        namespace: of the pods, for the command that forwards a port; empty: the kubeconfig's own.
 
     Raises:
         CommandError: the files of `given` are no certificates.
@@ -65,7 +68,9 @@ def used(
     answers = zip(asked, ask(list(asked.values()), timeout_s), strict=True)
     replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
     if replicas and all("problem" in said for said in replicas):
-        remedy = _REMEDY_OF_AN_ADDRESS if given.address else _REMEDY.format(worker=next(iter(asked)))
+        option = namespace and f" -n {namespace}"
+        forward = _REMEDY.format(namespace=option, worker=next(iter(asked)))
+        remedy = _REMEDY_OF_AN_ADDRESS if given.address else forward
         of_tls = _PLAINTEXT if given.proof is not None else _MUTUAL if own is None else ""
         replicas[-1]["problem"] += "".join(f"; {one}" for one in (remedy, of_tls) if one)
     return {"ready": len(ready), "replicas": replicas} if replicas else None

@@ -71,7 +71,7 @@ def status(
     found = _read(context, namespace, name, everywhere=all_namespaces)
     if name:
         own = None if endpoint.tls else _identity(context, found)
-        found["experts"] = used(found["pods"], endpoint, own)
+        found["experts"] = used(found["pods"], endpoint, own, namespace=found["namespace"])
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

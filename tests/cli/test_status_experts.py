@@ -278,6 +278,18 @@ def test_the_command_asks_the_given_worker_and_prints_text_or_json(run):
     assert told["experts"] == {"ready": 1, "replicas": [{"worker": address, **figures(LOAD)}]}
 
 
+def test_pods_that_cannot_be_reached_get_a_command_for_their_namespace(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.61.7.9", 8000))
+        found = report(deployment(), [], [])
+        found |= {"namespace": "serving", "pods": [at("127.61.7.9", name="demo-0-0")]}
+        monkeypatch.setattr(command, "_read", lambda *_, **__: found)
+        shown = CliRunner().invoke(command.status, ["demo", "--json"], catch_exceptions=False)
+    (replica,) = json.loads(shown.output)["experts"]["replicas"]
+    assert replica["problem"].startswith("worker did not report its experts: UNAVAILABLE")
+    assert "run `kubectl port-forward -n serving pod/demo-0-0 8000` and add --endpoint" in replica["problem"]
+
+
 def test_without_replicas_json_has_null_and_text_has_no_line(run):
     assert json.loads(run("demo", "--json").output)["experts"] is None
     assert "Experts" not in run("demo").output
