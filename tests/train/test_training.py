@@ -87,6 +87,29 @@ def test_a_state_of_another_text_is_refused(run_settings, tmp_path):
         train(replace(run_settings, steps=3, data=other))
 
 
+def test_a_state_of_another_teacher_is_refused_and_the_same_one_may_move(run_settings, tmp_path):
+    one = train(replace(run_settings, steps=1, out=tmp_path / "one"))
+    settings = replace(run_settings, steps=1, tokenizer=one / "tokenizer.json")
+    other = train(replace(settings, seed=1, out=tmp_path / "other"))
+    settings = replace(settings, steps=3, stop_after=0.0, teacher=one)
+    train(settings)
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        train(replace(settings, teacher=other))
+    moved = one.rename(tmp_path / "moved")
+    train(replace(settings, teacher=moved, tokenizer=moved / "tokenizer.json"))
+
+
+def test_a_state_of_other_labels_is_refused_where_they_count(run_settings, tmp_path):
+    labels = tmp_path / "labels.txt"
+    documents = len(data.read_documents(run_settings.data))
+    labels.write_text("man\nwiki\n" + "man\n" * (documents - 2))
+    settings = replace(run_settings, steps=3, stop_after=0.0, domains=labels, domain_share=0.1)
+    train(settings)
+    labels.write_text("wiki\nman\n" + "man\n" * (documents - 2))
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        train(settings)
+
+
 def test_a_resumed_run_records_no_step_twice(run_settings):
     train(replace(run_settings, steps=3, stop_after=0.0))
     file = run_settings.out / "metrics.jsonl"

@@ -34,6 +34,11 @@ class Domains:
     names: tuple[str, ...]
     tokens_N: NDArray[np.int8]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the numbers."""
+        return hashlib.sha256(self.tokens_N.tobytes()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Corpus:

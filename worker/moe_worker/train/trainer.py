@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.config.directory import read_json
 from moe_worker.engine.loading import choose_device
-from moe_worker.files import make_folder
+from moe_worker.files import digest, make_folder
 from moe_worker.progress import bar, transient_bar
 from moe_worker.train import data, metrics
 from moe_worker.train.checks import check_trainable
@@ -31,20 +32,12 @@ from moe_worker.train.teacher import prepare_teacher
 
 _LOG_EVERY = 50  # steps; reading the loss waits for the device, which every step would slow it down
 _SCORE_TOGETHER = 16  # windows; more fill a GPU no better
-# Settings that do not change what is learned: an interrupted run may go on with others.
+# An interrupted run may go on with others of these. Files may move: those that change what is learned are
+# compared by their content.
 _FREE = {
-    "out",
-    "domains",
-    "stop_after",
-    "device",
-    "data",
-    "valid",
-    "tokenizer",
-    "config",
-    "start_from",
-    "teacher",
-}
-_FREE |= {"cache", "evaluate_every", "checkpoint_every"}
+    "cache", "checkpoint_every", "config", "data", "device", "domains", "evaluate_every", "out", "start_from",
+    "stop_after", "teacher", "tokenizer", "valid",
+}  # fmt: skip
 
 
 def train(settings: TrainSettings) -> Path:
@@ -160,17 +153,24 @@ class TrainingRun:
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 and step < self.settings.steps
 
+    @cached_property
     def _fingerprint(self) -> str:
-        """Identifies the settings, the shape of the model and the text, which a resumed run must share."""
+        """Identifies what a resumed run must share: settings, shape of the model, text, labels, teacher."""
+        teacher, domains = self.settings.teacher, self.corpus.domains
+        content = {
+            "model": read_json(self.settings.config),
+            "text": self.corpus.digest,
+            "domains": domains.digest if domains is not None and self.settings.domain_share > 0 else None,
+            "teacher": None if teacher is None else digest(teacher / "model.safetensors"),
+        }
         fixed = {key: value for key, value in asdict(self.settings).items() if key not in _FREE}
-        model = read_json(self.settings.config)
-        return json.dumps({**fixed, "model": model, "text": self.corpus.digest}, sort_keys=True)
+        return json.dumps(fixed | content, sort_keys=True)
 
     def _resume(self) -> int:
         if not self.state_file.exists():
             self.metrics_file.unlink(missing_ok=True)
             return 0
-        first = load_state(self.state_file, self.learner, self.learner.optimizers, self._fingerprint())
+        first = load_state(self.state_file, self.learner, self.learner.optimizers, self._fingerprint)
         self.learner.step_done = first
         # What the interrupted run recorded after its last state will be recorded again.
         kept = (row for row in metrics.read_rows(self.metrics_file) if row["step"] <= first)
@@ -179,7 +179,7 @@ class TrainingRun:
 
     def _save(self, step: int) -> None:
         self.learner.check()
-        save_state(self.state_file, step, self.learner, self.learner.optimizers, self._fingerprint())
+        save_state(self.state_file, step, self.learner, self.learner.optimizers, self._fingerprint)
 
     def _record(self, **figures: float | None) -> None:
         metrics.record(self.metrics_file, figures)
