@@ -73,6 +73,20 @@ class OneDevice(MeshRunner):
         return self._alone.expert_counter()
 
 
+class LosesWhileShort(OneDevice):
+    """It lacks memory for some passes, and loses a rank when it gives those in flight up."""
+
+    def begin(self, batch, cache, rows, draws):
+        if self._passes + 1 in self._losses:
+            self._passes += 1
+            raise torch.OutOfMemoryError("no memory")
+        return super().begin(batch, cache, rows, draws)
+
+    def discard(self):
+        self.member.lost = RankLostError("rank 1 is gone")
+        raise self.member.lost
+
+
 def tokens_of(loaded, flights):
     core = EngineCore(loaded, EngineOptions(**OPTIONS), flights=flights)
     for number, wanted in enumerate((None, None, None, FORMAT)):
@@ -92,5 +106,12 @@ def test_no_token_of_a_step_that_ran_when_a_rank_was_lost_is_sent(tmp_path):
     """Greedy, seeded, with penalties, and with an output format."""
     loaded = Engine(write_checkpoint(tmp_path, num_hidden_layers=2), **OPTIONS)._loaded
     runner = OneDevice(loaded.runner, LOSSES)
+    assert tokens_of(replace(loaded, runner=runner), flights=2) == tokens_of(loaded, flights=1)
+    assert runner.reforms == len(LOSSES)
+
+
+def test_a_rank_that_is_lost_while_memory_is_short_is_met_again(tmp_path):
+    loaded = Engine(write_checkpoint(tmp_path, num_hidden_layers=2), **OPTIONS)._loaded
+    runner = LosesWhileShort(loaded.runner, LOSSES)
     assert tokens_of(replace(loaded, runner=runner), flights=2) == tokens_of(loaded, flights=1)
     assert runner.reforms == len(LOSSES)

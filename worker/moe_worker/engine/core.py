@@ -272,7 +272,10 @@ class EngineCore:
     def _give_up(self) -> None:
         """Undoes the steps that are not sampled yet; later ones are smaller."""
         self._retract(too_many=0)
-        self._launcher.discard()
+        try:
+            self._launcher.discard()
+        except MeshError as error:
+            self._recover(error)
 
     def _retract(self, too_many: float) -> None:
         """Undoes the steps in flight that are not sampled; those of `too_many` tokens do not fit."""
