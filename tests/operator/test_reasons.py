@@ -1,4 +1,4 @@
-"""docs/conditions.md names every reason that the code can give, and no other."""
+"""docs/conditions.md names every reason of conditions and events that the code can give, and no other."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_operator.autoscaling.model import sizing
 from moe_operator.observed import problems
+from moe_operator.planner.changes import Why
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
@@ -68,9 +69,9 @@ def _named(node: ast.Assign | ast.FunctionDef, module: str) -> Iterator[str]:
         yield from constants(node.value, module)
 
 
-def documented() -> set[str]:
-    """Reasons in the first columns of the tables under "Reasons"."""
-    section = PAGE.read_text().partition("\n## Reasons\n")[2].partition("\n## ")[0]
+def documented(heading: str) -> set[str]:
+    """Reasons in the first columns of the tables under a heading."""
+    section = PAGE.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     return {reason for cell in cells for reason in re.findall(r"`(\w+)`", cell)}
 
@@ -81,4 +82,17 @@ def test_every_reason_is_documented_and_every_documented_one_exists():
     given = set().union(*map(written_out, GIVES_REASONS))
     unusable = re.findall(r'"(ReportsUnusable)"', Path(sizing.__file__).read_text())
     kinds = set(problems._WAITING.values())
-    assert documented() == given | kinds | BY_PROGRAM | BY_SCHEDULER | {read_forbidden, *unusable}
+    assert documented("Reasons") == given | kinds | BY_PROGRAM | BY_SCHEDULER | {read_forbidden, *unusable}
+
+
+def test_every_event_that_is_no_change_of_a_condition_is_documented():
+    told = {reason for path in (ROOT / "operator/moe_operator").rglob("*.py") for reason in decided(path)}
+    assert documented("Events") == told | {why.value for why in Why}
+
+
+def decided(path: Path) -> Iterator[str]:
+    """Reasons that a module gives to decisions, as far as they are written out."""
+    module = ".".join(path.relative_to(ROOT / "operator").with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Decision":
+            yield from constants(node.args[0], module)
