@@ -10,7 +10,7 @@ import pytest
 
 from moe_operator.executor.execute import event
 from moe_operator.observed import pod_status
-from moe_operator.observed.problems import of_pod
+from moe_operator.observed.problems import of_pod, of_workload
 from moe_operator.planner.status_report import invalid, refused, transitions
 from moe_operator.render.objects import Key
 from moe_operator.resources import names, quantity
@@ -321,6 +321,51 @@ def test_the_cause_of_an_unplaced_pod_stands_before_the_schedulers_words():
         "a node; the scheduler says: 0/3 nodes are available: 3 node(s) didn't match Pod's node "
         "affinity/selector"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "begin"),
+    [
+        (
+            '0/1 nodes are available: persistentvolumeclaim "models" not found. not found',
+            "the claim models does not exist; create it, or correct its name in the spec; ",
+        ),
+        (
+            "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found",
+            "a claim of the pod has no volume; see its events (kubectl describe pvc), or use another claim; ",
+        ),
+    ],
+)
+def test_a_claim_that_keeps_a_pod_from_a_node_is_named(said, begin):
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+    found = of_pod(pod_status.read({"status": {"conditions": [condition]}}))
+    assert found is not None
+    assert (found.reason, found.message) == ("Unschedulable", f"{begin}the scheduler says: {said}")
+
+
+@pytest.mark.parametrize(
+    ("said", "begin"),
+    [
+        (
+            "failed quota: q: must specify limits.memory for: worker",
+            "a quota asks for resources that the pod does not set; set them in the spec, and ",
+        ),
+        *(
+            (
+                said,
+                "a LimitRange forbids the pod's resources; change them in the spec, or change the LimitRange",
+            )
+            for said in (
+                'pods "d-0-0" is forbidden: minimum memory usage per Container is 1Gi, but request is 200Mi',
+                "cpu max limit to request ratio per Pod is 2, but no limit is specified or limit is 0",
+                'Pod "d-0-0" is invalid: spec.containers[0].resources.requests: Invalid value: "200Mi": '
+                "must be less than or equal to memory limit of 150Mi",
+            )
+        ),
+    ],
+)
+def test_resources_that_the_namespace_refuses_say_where_they_are_set(said, begin):
+    assert of_workload(said).message.startswith(begin)
 
 
 @pytest.mark.parametrize(

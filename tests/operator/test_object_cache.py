@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +121,39 @@ def test_a_cached_pod_with_mutual_tls_is_asked_over_tls(objects, role):
     found, fresh = pods.read(objects.get("Pod", "default", body["metadata"]["name"])), pods.read(body)
     assert found.secure
     assert (found.grpc_address, found.admin_address) == (fresh.grpc_address, fresh.admin_address)
+
+
+def test_why_the_last_worker_of_a_name_failed_is_known_after_its_replacement(objects):
+    """The StatefulSet controller replaces it at once: a reconcile sees the new pod alone."""
+    of = {**resource_names.single_labels("docs"), resource_names.LABEL_DATA_RANK: "0"}
+    rejected = {"phase": "Failed", "reason": "OutOfcpu", "startTime": "2026-01-01T00:00:00Z"}
+    for version, (uid, status) in enumerate([("first", rejected), ("second", {"phase": "Pending"})], 1):
+        body = pod("docs-0-0", version, uid=uid, spec={"nodeName": "n"}, status=status)
+        body["metadata"]["labels"] |= of
+        objects.put("Pod", body)
+    objects.replace("Pod", {Place("default", "docs-0-0"): 2}, 2)
+
+    class Api:
+        failed_pod = staticmethod(objects.failed_pod)
+
+        def unreadable(self, kind, namespace):
+            return False
+
+        def list(self, kind, namespace, deployment):
+            return objects.of_deployment(kind, namespace, deployment)
+
+    (found,) = gather(Api(), worlds.deployment()).pods
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    at_first, later = (found.obstacle(began + timedelta(seconds=after)) for after in (59, 60))
+    assert (at_first.reason, later) == ("PodFailed", None)
+    assert at_first.message.startswith("node n evicted or rejected the pod (OutOfcpu);")
+
+
+def test_a_worker_that_ended_as_it_should_explains_nothing(objects):
+    body = pod("docs-0-0", 1, status={"phase": "Failed"})
+    body["metadata"]["labels"] |= resource_names.single_labels("docs")
+    objects.put("Pod", body)
+    assert objects.failed_pod("default", "docs-0-0") is None
 
 
 def test_of_a_pods_spec_only_what_is_read_is_kept(objects):

@@ -9,6 +9,7 @@ import pytest
 
 from moe_operator.planner.plan import plan
 from moe_operator.render.objects import Key
+from moe_operator.resources import names
 from moe_operator.resources.status import PROGRESSING, READY
 from tests.operator.worlds import World, deployment, settled
 
@@ -32,6 +33,11 @@ POD_PROBLEMS = {
                 "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
             }
         ]
+    },
+    "PodFailed": {
+        "phase": "Failed",
+        "reason": "UnexpectedAdmissionError",
+        "message": "Pod was rejected: Allocate failed due to no healthy devices present",
     },
     "ContainerCrashed": {
         "containerStatuses": [
@@ -179,6 +185,50 @@ def test_a_new_frontend_that_cannot_start_is_said_while_the_old_one_serves():
         "RollingOut",
     )
     assert "docs-frontend-y: no such image" in world.condition(PROGRESSING).message
+
+
+def test_an_evicted_frontend_is_the_reason_for_a_minute():
+    """Its pod stays for good, and its successor has another name."""
+    world = settled()
+    world.frontend_ready(0)
+    pod = {"name": "docs-frontend-x", "labels": names.frontend_labels("docs")}
+    said = "The node was low on resource: memory."
+    world.pods[pod["name"]] = {
+        "metadata": pod | {"creationTimestamp": (world.now - timedelta(days=1)).isoformat()},
+        "spec": {"nodeName": "n"},
+        "status": {
+            "phase": "Failed",
+            "reason": "Evicted",
+            "message": said,
+            "conditions": [{"type": "Ready", "status": "False", "lastTransitionTime": world.now.isoformat()}],
+        },
+    }
+    due = world.now + timedelta(seconds=60)
+    assert world.step().due == due
+    assert world.condition(READY).message == (
+        "2/2 replicas ready; 0/1 frontends ready; docs-frontend-x: node n evicted or rejected the pod "
+        f"(Evicted); remove the cause; another pod takes its place by itself; the kubelet says: {said}"
+    )
+    world.now = due
+    assert world.step().due is None
+    assert world.condition(READY).reason == "FrontendNotReady"
+
+
+def test_a_pod_that_no_scheduler_looks_at_is_the_reason():
+    world = World(deployment(worker={"podTemplate": {"spec": {"schedulerName": "volcano"}}}))
+    world.step()
+    world.pods["docs-0-0"]["metadata"]["creationTimestamp"] = world.now.isoformat()
+    world.pods["docs-0-0"] |= {"spec": {"schedulerName": "volcano"}, "status": {"phase": "Pending"}}
+    due = world.now + timedelta(seconds=30)
+    assert world.step().due == due
+    assert world.condition(READY).reason == "ReplicasNotReady"
+    world.now = due
+    world.step()
+    assert world.condition(READY).reason == "NotScheduled"
+    assert world.condition(READY).message == (
+        "0/1 replicas ready; docs-0-0: no scheduler has tried to place it; check that the scheduler volcano "
+        "runs, or correct schedulerName in the podTemplate"
+    )
 
 
 def mounting(world: World, secret: str, reason: str = "ContainerCreating") -> dict[str, Any]:

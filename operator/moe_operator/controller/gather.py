@@ -8,9 +8,10 @@ from itertools import chain
 
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
-from moe_operator.observed import children
+from moe_operator.observed import children, pod_status
 from moe_operator.observed.children import Child, StatefulSet
 from moe_operator.observed.observation import Observed, observe
+from moe_operator.observed.pods import Pod
 from moe_operator.planner import revisions
 from moe_operator.render.children import KINDS, OPTIONAL_KINDS, expected
 from moe_operator.render.objects import Key, Manifest, key
@@ -38,7 +39,16 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
 
     found = observe(chain.from_iterable(map(listed, KINDS)), listed("Pod"), listed(names.ROUTES_KIND))
     sets = [child for child in found.children.values() if isinstance(child, StatefulSet)]
-    return replace(found, verdicts={child.key: cluster.verdict(child.content) for child in sets})
+    pods = tuple(_with_predecessor(cluster, pod) for pod in found.pods)
+    return replace(found, pods=pods, verdicts={child.key: cluster.verdict(child.content) for child in sets})
+
+
+def _with_predecessor(cluster: Cluster, pod: Pod) -> Pod:
+    """A worker that does not run yet, and why the one before it failed."""
+    if pod.role != names.ROLE_WORKER or pod.status.phase != "Pending":
+        return pod
+    before = cluster.failed_pod(pod.namespace, pod.name)
+    return pod if before is None else replace(pod, before=pod_status.read(before))
 
 
 def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) -> dict[Key, Child]:

@@ -9,6 +9,7 @@ Reading them is most of the cost of a reconcile, so orjson decodes them.
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -27,10 +28,13 @@ from moe_operator.resources.ports import PORT_NAMES
 _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""
 
-_OF_A_POD = ("nodeName", "readinessGates")
+_OF_A_POD = ("nodeName", "readinessGates", "schedulerName")
 """The fields of a pod's spec that are read, in addition to ports that say how to call it, directories of
 its node and Secrets. The rest is in its StatefulSet, and there are many pods.
 """
+
+_REMEMBERED_S = 120.0
+"""For how long a pod that failed is kept, at least."""
 
 
 class Place(NamedTuple):
@@ -61,6 +65,8 @@ class ObjectCache:
     _by_deployment: dict[tuple[str, Place], set[Place]] = field(default_factory=lambda: defaultdict(set))
     _complete: set[tuple[str, str]] = field(default_factory=set)
     """Kinds, each with the namespace that was listed; "" stands for all."""
+    _failed: dict[Place, tuple[float, Manifest]] = field(default_factory=dict)
+    """Workers that their nodes evicted or rejected, and when that was seen (time.monotonic)."""
     _doubted: set[tuple[str, str]] = field(default_factory=set)
     """Those that could not be listed at the last attempt."""
 
@@ -87,7 +93,10 @@ class ObjectCache:
             return False
         place, entry = _entry(manifest)
         with self._lock:
-            return self._put(kind, place, entry)
+            is_new = self._put(kind, place, entry)
+            if is_new and kind == "Pod" and _is_failed_worker(manifest):
+                self._remember(place, _unpacked(entry))
+            return is_new
 
     def drop(self, kind: str, namespace: str, name: str, uid: str) -> None:
         """Removes a deleted object, but not a newer one of the same name."""
@@ -124,6 +133,19 @@ class ObjectCache:
         with self._lock:
             entry = self._entries[kind].get(Place(namespace, name))
         return None if entry is None else _unpacked(entry)
+
+    def failed_pod(self, namespace: str, name: str) -> Manifest | None:
+        """The last worker of this name that its node evicted or rejected, if that was recently.
+
+        The StatefulSet controller replaces such a pod at once, faster than reconciles follow.
+        """
+        with self._lock:
+            return self._failed.get(Place(namespace, name), (0.0, None))[1]
+
+    def _remember(self, place: Place, pod: Manifest) -> None:
+        now = time.monotonic()
+        kept = {of: known for of, known in self._failed.items() if now - known[0] < _REMEMBERED_S}
+        self._failed = {**kept, place: (now, pod)}
 
     def owner(self, kind: str, namespace: str, name: str) -> str | None:
         """The deployment whose label a cached object carries; None if it is not here."""
@@ -211,6 +233,13 @@ def _read_of_pod(spec: Manifest) -> Manifest:
     }
     kept = {name: spec[name] for name in _OF_A_POD if name in spec}
     return {**kept, **{name: items for name, items in lists.items() if items}}
+
+
+def _is_failed_worker(pod: Manifest) -> bool:
+    """Whether its node evicted or rejected it: only then does the status of a pod have a reason."""
+    labels, status = pod["metadata"].get("labels") or {}, pod.get("status", {})
+    is_failed = status.get("phase") == "Failed" and bool(status.get("reason"))
+    return is_failed and labels.get(names.LABEL_ROLE) == names.ROLE_WORKER
 
 
 def _is_read(volume: Manifest) -> bool:

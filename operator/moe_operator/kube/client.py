@@ -110,6 +110,10 @@ class Cluster:
         found = self._requests.send("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
+    def failed_pod(self, namespace: str, name: str) -> Manifest | None:
+        """The last worker of this name that its node evicted or rejected, if that was recently."""
+        return self._cache.failed_pod(namespace, name)
+
     def unreadable(self, kind: str, namespace: str) -> bool:
         """Whether the watch of a kind was forbidden at its last attempt."""
         return self._cache.doubted(kind, namespace)

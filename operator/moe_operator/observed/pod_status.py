@@ -62,6 +62,14 @@ class PodStatus:
     """What the kubelet and the scheduler report of one pod."""
 
     phase: str = ""
+    reason: str = ""
+    """Why its node evicted or rejected it, in one word; empty if it did not."""
+    message: str = ""
+    created: datetime | None = None
+    started: datetime | None = None
+    """When its node took it, or rejected it."""
+    scheduler: str = ""
+    """Name of the scheduler that has to place it."""
     address: str = ""
     """Pod IP; empty until it has one."""
     addresses: tuple[str, ...] = ()
@@ -104,6 +112,19 @@ class PodStatus:
         return self.since("PodReadyToStartContainers") or self.since("PodScheduled", "True")
 
     @property
+    def queued_since(self) -> datetime | None:
+        """Since when it waits for a scheduler that has not tried to place it; None if one has."""
+        waits = self.phase == "Pending" and not self.node and "PodScheduled" not in self.conditions
+        return self.created if waits else None
+
+    @property
+    def ended_since(self) -> datetime | None:
+        """When it ended, as far as its status says; only of one that has."""
+        ends = [container.end.at for container in self.containers if container.end is not None]
+        times = [condition.since for condition in self.conditions.values()]
+        return max(filter(None, (self.created, self.started, *times, *map(_time, ends))), default=None)
+
+    @property
     def waits_because(self) -> str:
         """Why no node accepts it, in the scheduler's words."""
         placed = self.conditions.get("PodScheduled")
@@ -125,6 +146,11 @@ def read(manifest: Mapping[str, Any]) -> PodStatus:
     status, spec = manifest.get("status", {}), manifest.get("spec", {})
     return PodStatus(
         phase=status.get("phase", ""),
+        reason=status.get("reason") or "",
+        message=status.get("message") or "",
+        created=_time(manifest.get("metadata", {}).get("creationTimestamp")),
+        started=_time(status.get("startTime")),
+        scheduler=spec.get("schedulerName", ""),
         address=status.get("podIP", ""),
         addresses=tuple(one["ip"] for one in status.get("podIPs", ()) if "ip" in one),
         node=spec.get("nodeName", ""),

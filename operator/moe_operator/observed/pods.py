@@ -61,12 +61,14 @@ class Pod:
     created: datetime | None = None
     status: PodStatus = field(default_factory=PodStatus, compare=False)
     """What the kubelet and the scheduler report of it."""
+    before: PodStatus | None = field(default=None, compare=False)
+    """The last status of the pod of this name before it, if its node evicted or rejected that."""
 
     def obstacle(self, now: datetime) -> Problem | None:
-        """Its problem, or the volumes that its node could not mount in time."""
+        """Its problem, or what it has waited for too long."""
         if self.problem is not None or self.ready or self.terminating:
             return self.problem
-        return problems.of_volumes(self.status, now)
+        return problems.of_delay(self.status, now) or problems.of_predecessor(self.status, self.before, now)
 
     @property
     def addresses(self) -> frozenset[str]:

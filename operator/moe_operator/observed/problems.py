@@ -44,6 +44,16 @@ _REMEDIES: Final = {
 
 _REFUSALS: Final = (
     ("exceeded quota", "a quota has no room for the pod; raise the quota"),
+    ("must specify", "a quota asks for resources that the pod does not set; set them in the spec"),
+    *(
+        (part, "a LimitRange forbids the pod's resources; change them in the spec, or change the LimitRange")
+        for part in (
+            "usage per Container is",
+            "usage per Pod is",
+            "limit to request ratio",
+            "memory limit of",
+        )
+    ),
     ("violates PodSecurity", "the namespace's Pod Security level forbids the pod; relax it"),
     ("denied the request", "an admission webhook denies the pod; change its policy"),
 )
@@ -59,8 +69,12 @@ _NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", r
 _SIGNALLED = 128
 """Exit codes above it encode the signal that ended the process, as in a shell."""
 
-MOUNTING_TIME: Final = timedelta(seconds=30)
-"""A pod whose containers are not created for this long counts as lacking a volume or its network."""
+WAITING_TIME: Final = timedelta(seconds=30)
+"""A pod that no scheduler tried to place for this long counts as having none; one whose containers are not
+created for this long after it was placed, as lacking a volume or its network.
+"""
+FAILED_TIME: Final = timedelta(seconds=60)
+"""A pod that its node evicted or rejected explains for this long why its successor is not ready."""
 
 _NEEDS_EDIT = ("InvalidImageName",)
 _UNINFORMATIVE = ("ImagePullBackOff",)
@@ -102,14 +116,46 @@ def of_pod(status: PodStatus) -> Problem | None:
     return None if found is None else _bounded(found)
 
 
-def of_volumes(status: PodStatus, now: datetime) -> Problem | None:
+def of_delay(status: PodStatus, now: datetime) -> Problem | None:
+    """What a pod has waited for too long: a scheduler, its volumes or its network; None as long as it only
+    needs time.
+    """
+    return _without_scheduler(status, now) or _without_volumes(status, now)
+
+
+def of_predecessor(status: PodStatus, before: PodStatus | None, now: datetime) -> Problem | None:
+    """Why the pod of the same name before it failed, if that was a moment ago and it has not started yet."""
+    if before is None or status.phase != "Pending" or not has_just_failed(before, now):
+        return None
+    return of_pod(before)
+
+
+def has_just_failed(status: PodStatus, now: datetime) -> bool:
+    """Whether a pod that ended did so a moment ago."""
+    return status.ended_since is not None and now - status.ended_since < FAILED_TIME
+
+
+def _without_scheduler(status: PodStatus, now: datetime) -> Problem | None:
+    """The API server accepts the name of a scheduler that does not run."""
+    since = status.queued_since
+    if since is None or now < since + WAITING_TIME:
+        return None
+    scheduler = f"the scheduler {status.scheduler}" if status.scheduler else "its scheduler"
+    sentence = (
+        f"no scheduler has tried to place it; check that {scheduler} runs, or correct schedulerName in the "
+        "podTemplate"
+    )
+    return _bounded(Problem("NotScheduled", sentence, remedied=True))
+
+
+def _without_volumes(status: PodStatus, now: datetime) -> Problem | None:
     """Why a pod's containers are not even created: a volume is missing, or the network of the pod is not set
     up; None as long as it only needs time.
 
     The kubelet says which of them in events alone.
     """
     since = status.mounting_since
-    if since is None or now < since + MOUNTING_TIME:
+    if since is None or now < since + WAITING_TIME:
         return None
     sentence = f"node {status.node} has not mounted its volumes or not set up its network"
     if status.secrets:
@@ -125,11 +171,21 @@ def _bounded(problem: Problem) -> Problem:
 
 
 def _of_pod(status: PodStatus) -> Problem | None:
+    if status.phase == "Failed" and status.reason:
+        return _failed(status)
     for container in (*status.init_containers, *status.containers):
         found = _waiting(container) or (None if container.ready else _ended(container))
         if found is not None:
             return _without_directory(found, status) or found
     return _unschedulable(status) or _without_node(status)
+
+
+def _failed(status: PodStatus) -> Problem:
+    """Its node evicted the pod, or rejected it when the scheduler had placed it there."""
+    cause = f"node {status.node or 'of the pod'} evicted or rejected the pod ({status.reason})"
+    said = f"; the kubelet says: {status.message.strip()}" if status.message.strip() else ""
+    remedy = "remove the cause; another pod takes its place by itself"
+    return Problem("PodFailed", f"{cause}; {remedy}{said}", remedied=True)
 
 
 def _waiting(container: Container) -> Problem | None:
@@ -227,10 +283,24 @@ def _unschedulable(status: PodStatus) -> Problem | None:
 
 
 def _unplaced(reason: str, said: str) -> Problem:
-    message = f"{no_node(said)}; {_PLACING[no_node(said)]}{scheduler_says(said)}"
+    cause, remedy = _without_claim(said) or (no_node(said), _PLACING[no_node(said)])
+    message = f"{cause}; {remedy}{scheduler_says(said)}"
     return Problem(reason, message, said=said, remedied=True)
 
 
+def _without_claim(said: str) -> tuple[str, str] | None:
+    """The cause and the remedy, if a claim of the pod is missing or has no volume."""
+    if missing := _NO_CLAIM.search(said):
+        return f"the claim {missing[1]} does not exist", "create it, or correct its name in the spec"
+    if "unbound immediate PersistentVolumeClaims" in said:
+        return (
+            "a claim of the pod has no volume",
+            "see its events (kubectl describe pvc), or use another claim",
+        )
+    return None
+
+
+_NO_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
 _PLACING: Final = {
     "no node has room": "free resources, add a node, or request less",
     "no node matches": "correct the node selector or the tolerations, or add a node",

@@ -8,7 +8,7 @@ from datetime import datetime
 from moe_operator.observed import problems
 from moe_operator.observed.children import FrontendDeployment
 from moe_operator.observed.observation import Observed
-from moe_operator.observed.problems import Problem
+from moe_operator.observed.problems import Problem, has_just_failed
 from moe_operator.render.objects import Key
 from moe_operator.resources import names
 
@@ -40,7 +40,10 @@ def frontend_state(observed: Observed, name: str, wanted: int, now: datetime) ->
 
 
 def _problem(observed: Observed, found: FrontendDeployment, now: datetime) -> tuple[str, Problem] | None:
-    for pod in observed.frontends:
+    # A pod that ended stays for good, and its successor has another name.
+    pods = [pod for pod in observed.frontends if not pod.status.ended]
+    failed = [pod for pod in observed.frontends if pod.status.ended and has_just_failed(pod.status, now)]
+    for pod in (*pods, *failed):
         if (problem := pod.obstacle(now)) is not None:
             return pod.name, problem
     return None if found.refusal is None else (str(found.key), problems.of_workload(found.refusal))

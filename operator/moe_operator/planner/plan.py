@@ -138,7 +138,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         secret=partial(gang.secret, deployment)
         if gangs.secret_is_needed(current.gangs.values(), (change.manifest for change in made))
         else None,
-        due=min(filter(None, (gangs_due, current.mounts_due)), default=None),
+        due=min(filter(None, (gangs_due, current.delays_due)), default=None),
         sound=_sound(replicas, made),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -11,7 +11,7 @@ from moe_operator.observed.children import StatefulSet
 from moe_operator.observed.downloads import Download
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import Pod
-from moe_operator.observed.problems import MOUNTING_TIME, Problem, refused_pod
+from moe_operator.observed.problems import FAILED_TIME, WAITING_TIME, Problem, refused_pod
 from moe_operator.planner import gangs, mesh, rollout_progress
 from moe_operator.planner.frontend_state import FrontendState, frontend_state
 from moe_operator.planner.gangs import Gang
@@ -78,10 +78,10 @@ class State:
     """What the status says of the gangs; None if there are none."""
     imbalance_most: int | None = None
     """The imbalance in percent above which experts are not balanced; None if they are not spread."""
-    unmounted: Mapping[str, Problem] = field(default_factory=dict)
-    """Why the volumes of workers are not mounted in time, by pod name."""
-    mounts_due: datetime | None = None
-    """When the next volumes of a worker or frontend have to be mounted."""
+    delayed: Mapping[str, Problem] = field(default_factory=dict)
+    """What workers have waited for too long, by pod name."""
+    delays_due: datetime | None = None
+    """When a worker or frontend has next waited for too long, or why the one before it failed is past."""
 
     @property
     def terms(self) -> Terms:
@@ -159,7 +159,7 @@ class State:
         if gang is not None and gang.problem is not None:
             return gang.problem
         for pod in filter(None, (leader,)) if gang is None else gang.pods:
-            if (why := pod.problem or self.unmounted.get(pod.name)) is not None:
+            if (why := pod.problem or self.delayed.get(pod.name)) is not None:
                 return pod, why
         return None
 
@@ -217,15 +217,24 @@ def read(
         held={rank: pod for rank, gang in found.items() if (pod := gangs.held_pod(gang, now)) is not None},
         mesh=mesh.status(found, observed.meshes, shape(deployment.spec.parallelism)),
         imbalance_most=_imbalance_most(deployment),
-        unmounted={pod.name: why for pod in workers if not pod.problem and (why := pod.obstacle(now))},
-        mounts_due=_mounts_due((*workers, *observed.frontends), now),
+        delayed={pod.name: why for pod in workers if not pod.problem and (why := pod.obstacle(now))},
+        delays_due=_delays_due((*workers, *observed.frontends), now),
     )
 
 
-def _mounts_due(pods: Iterable[Pod], now: datetime) -> datetime | None:
-    begun = (pod.status.mounting_since for pod in pods if not pod.terminating)
-    due = (since + MOUNTING_TIME for since in begun if since is not None)
-    return min((moment for moment in due if moment > now), default=None)
+def _delays_due(pods: Iterable[Pod], now: datetime) -> datetime | None:
+    moments = (moment for pod in pods if not pod.terminating for moment in _moments(pod))
+    return min((moment for moment in moments if moment > now), default=None)
+
+
+def _moments(pod: Pod) -> Iterator[datetime]:
+    """When what explains that a pod is not ready changes by itself."""
+    status, before = pod.status, pod.status if pod.status.ended else pod.before
+    for since in (status.queued_since, status.mounting_since):
+        if since is not None:
+            yield since + WAITING_TIME
+    if before is not None and before.ended_since is not None:
+        yield before.ended_since + FAILED_TIME
 
 
 def _imbalance_most(deployment: Deployment) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_operator.observed import pod_status
 from moe_operator.observed.pod_status import PodStatus
-from moe_operator.observed.problems import of_pod, of_volumes
+from moe_operator.observed.problems import of_delay, of_pod
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
 from moe_operator.resources.ports import serves_mutual_tls
@@ -74,7 +74,7 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body], now: datet
     labels = metadata.get("labels", {})
     revision = labels.get(names.LABEL_REVISION)
     ready = status.holds("Ready")
-    problem = None if ready else of_pod(status) or of_volumes(status, now)
+    problem = None if ready else of_pod(status) or of_delay(status, now)
     return {
         "name": metadata["name"],
         "role": labels.get(names.LABEL_ROLE),
