@@ -26,7 +26,7 @@ from moe_worker.mesh.joining import Identity, listener_at
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import Allocate, Ready, Welcome
 from moe_worker.mesh.places import ExpertPlaces
-from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare, start_together
+from moe_worker.mesh.recovery import REFORM_S, Recovery, agree_on_pages, may_spare, start_together
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
@@ -338,6 +338,34 @@ def test_a_leader_says_that_it_waits_for_a_rank_that_loads_as_long_as_that_one_i
         with pytest.raises(RankAbsentError, match=r"rank 2 .* did not load and compile .* within 0.05 s"):
             waiting.recover(RankLostError("rank 2 left the mesh"))
         assert not said
+
+
+def test_a_leader_names_the_rank_that_it_waits_for_once(monkeypatch, caplog):
+    monkeypatch.setattr(channel_module, "WAIT_S", 0.001)
+    caplog.set_level("INFO", recovery.log.name)
+    (quick, other), (slow, last) = connected(1), connected(2)
+    often = threading.Event()
+    calls = []
+
+    def waits(channel):
+        calls.append(channel.rank)
+        if calls.count(2) == 3:
+            often.set()
+
+    def load():
+        often.wait(60)
+        last.send(Ready(3))
+
+    with contextlib.ExitStack() as stack:
+        for channel in (quick, other, slow, last):
+            stack.callback(channel.close)
+        other.send(Ready(5))
+        loading = threading.Thread(target=load)
+        loading.start()
+        member = SimpleNamespace(leads=True, channels=[quick, slow])
+        assert agree_on_pages(member, 4, waits) == 3
+        loading.join()
+    assert caplog.messages.count("the leader waits for rank 2 to load and compile its part") == 1
 
 
 def test_a_rank_that_dies_each_time_it_has_loaded_for_minutes_ends_the_replica(monkeypatch):

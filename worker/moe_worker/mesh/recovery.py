@@ -30,16 +30,35 @@ MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 def agree_on_pages(member: Member, pages: int, waits: Waiting | None = None) -> int:
     """The pages that every rank has room for; returns when all ranks have come so far.
 
+    The leader waits for one rank after the other, even if another is lost meanwhile: a rank that loads
+    notices nothing before it has loaded, and could not meet the others again earlier. It logs for whom it
+    waits.
+
     waits: called now and then while the leader waits for a rank.
     """
     if member.leads:
-        most: int = min([pages, *(channel.receive(Ready, waits=waits).pages for channel in member.channels)])
+        named = _naming(waits)
+        most: int = min([pages, *(channel.receive(Ready, waits=named).pages for channel in member.channels)])
         for channel in member.channels:
             channel.send(Allocate(most))
         return most
     member.channels[0].send(Ready(pages))
     allotted: int = member.channels[0].receive(Allocate).pages
     return allotted
+
+
+def _naming(waits: Waiting | None) -> Waiting:
+    """`waits`, which logs each rank when it is waited for."""
+    named: set[int] = set()
+
+    def wait(channel: Channel) -> None:
+        if channel.rank not in named:
+            named.add(channel.rank)
+            log.info("the leader waits for rank %d to load and compile its part", channel.rank)
+        if waits is not None:
+            waits(channel)
+
+    return wait
 
 
 def start_together(member: Member, part: RankStage, pages: int, waits: Waiting | None = None) -> None:
