@@ -114,7 +114,9 @@ def test_a_cache_saves_the_replicas_that_its_hits_would_have_kept_busy(tmp_path)
             record = {"timestamp": at, "input_length": 500, "output_length": 100, "hash_ids": ids}
             lines.append(json.dumps(record))
     path.write_text("\n".join(lines))
-    made = document(path, "--capacity", 50)["replicas"]
+    result = run(path, "--capacity", 50, "--json")
+    made = json.loads(result.stdout)["replicas"]
+    assert result.stderr.count("forecasting: 100 % (195 of 195)") == 1  # 39 minutes of five caches
     assert list(made) == ["none", "outputs", "lru", "moe", "belady"]
     assert made["none"]["work_share"] == 1
     assert made["outputs"]["work_share"] == pytest.approx(0.5, abs=0.01)

@@ -183,11 +183,13 @@ def test_a_run_keeps_what_an_earlier_one_measured_and_it_did_not(checkpoint, tmp
 
     def run(*words):
         command = [str(checkpoint), "--data", str(text), "--context", "64", *words]
-        CliRunner().invoke(routing_command, command, catch_exceptions=False)
+        said.append(CliRunner().invoke(routing_command, command, catch_exceptions=False).stderr)
         return json.loads((checkpoint / "routing.json").read_text())
 
+    said = []
     first = run("--mass", "0.6", "--most-loss", "1")
     run("--mass", "1", "--domains", str(labels))
+    assert "learn domains: 100 % (6 of 6)" in said[-1]
     balanced = run("--mass", "1", "--margin", "0.1")
     assert balanced["masses"] == first["masses"]
     assert balanced["least_mass"] == 0.6

@@ -86,7 +86,8 @@ def _replicas(
     }
     for name in _SCALED:
         work[name] = replicas.with_prefixes(recording, outcomes[name].by_request)
-    return replicas.compare(recording, work)
+    with bar("forecasting") as advance:
+        return replicas.compare(recording, work, advance)
 
 
 def _from(advance: Advance, before: int) -> Callable[[int], None]:

@@ -8,11 +8,12 @@ less on most hardware. The simulated service is that of `moe replay`, with the o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from moe_tools.cache_replay.document import ReplicaUse
 from moe_tools.cache_replay.recording import Key, KeyTrace
+from moe_tools.progress import Advance
 from moe_tools.replay import policies, scoring
 from moe_tools.replay.simulator import Service, outcome, simulate
 from moe_tools.replay.trace import WorkTrace, of_requests
@@ -24,12 +25,15 @@ OUTPUT_TTL_S: Final = 3600.0
 """Default of spec.cache.outputs.ttl."""
 
 
-def compare(recording: KeyTrace, work: dict[str, Sequence[float]]) -> dict[str, ReplicaUse] | None:
+def compare(
+    recording: KeyTrace, work: dict[str, Sequence[float]], advance: Advance
+) -> dict[str, ReplicaUse] | None:
     """Replicas for each amount of work; None if there is no work.
 
     Args:
         recording: the trace, of some minutes.
         work: of each request, in the order of the trace, by the name of the cache; "none" has to be there.
+        advance: told the steps that are forecast.
     """
     times = [request.at_s for request in recording.requests]
     traces = {name: of_requests(recording.name, times, amounts) for name, amounts in work.items()}
@@ -39,11 +43,21 @@ def compare(recording: KeyTrace, work: dict[str, Sequence[float]]) -> dict[str, 
         return None
     delay = max(1, math.ceil(HORIZON_S / base.step_s))
     service = Service(total / len(base.rates) / AT_MEAN, 1.0, delay, base.step_s)
-    return {name: _use(trace, service, total) for name, trace in traces.items()}
+    steps = sum(len(trace.rates) for trace in traces.values())
+    found: dict[str, ReplicaUse] = {}
+    done = 0
+    for name, trace in traces.items():
+        found[name] = _use(trace, service, total, _from(advance, done, steps))
+        done += len(trace.rates)
+    return found
 
 
-def _use(trace: WorkTrace, service: Service, total: float) -> ReplicaUse:
-    forecasts = scoring.backtest(trace, service.delay).made
+def _from(advance: Advance, before: int, steps: int) -> Callable[[int], None]:
+    return lambda done: advance(before + done, steps)
+
+
+def _use(trace: WorkTrace, service: Service, total: float, progress: Callable[[int], None]) -> ReplicaUse:
+    forecasts = scoring.backtest(trace, service.delay, progress).made
     run = simulate(trace.rates, service, policies.default(service, forecasts))
     found = outcome(trace.rates, run, service, slice(None))
     return ReplicaUse(

@@ -66,7 +66,7 @@ class Operators(TorchDispatchMode):
 def measure_fusion(directory: Path, options: EngineOptions) -> LaunchCount:
     """Counts a step of a checkpoint. Raises WorkerError."""
     settings = replace(options, context_length=4 * PROMPT, max_batch_size=1, prefix_cache=False)
-    loaded = load(directory, settings, progress=False)
+    loaded = load(directory, settings, progress=True)
     on_gpu = loaded.device.type == "cuda"
     with torch.inference_mode():
         step = _own_step(loaded)

@@ -16,6 +16,7 @@ from moe_worker.engine.offline import Engine
 from moe_worker.errors import CheckpointError, SettingsError
 from moe_worker.moe.balance import nudge
 from moe_worker.moe.capability import CapabilityMatrix
+from moe_worker.progress import bar
 from moe_worker.train.corpus import read_labels
 from moe_worker.train.data import read_documents
 from moe_worker.train.evaluate import score_engine, window_of
@@ -107,7 +108,8 @@ def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) ->
     layers = config.moe_layers
     experts = config.moe.routed
     matrix = CapabilityMatrix(len(layers), len(names), experts, max(1, experts // 2))
-    for document, domain in zip(documents, domains, strict=True):
+    labelled = list(zip(documents, domains, strict=True))
+    for document, domain in bar(labelled, desc="learn domains", unit="document"):
         ids = engine.tokenizer.encode(document)[: config.max_position_embeddings]
         counts_LE = torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in engine.choices(ids)])
         matrix.observe(names.index(domain), counts_LE, len(ids))
