@@ -170,6 +170,21 @@ async def test_experts_are_asked_for_once_at_a_time(connected):
     running.cancel()
 
 
+async def test_a_report_of_experts_may_come_when_streams_have_been_handed_off(connected):
+    client, engine, supervisor = connected
+    running = asyncio.create_task(client.run(supervisor))
+    asking = asyncio.create_task(client.expert_statistics())
+    assert await asyncio.wait_for(engine.hear(), 60) == wire.AskExperts()
+    client.abandon(EngineDiedError("this worker stops"))
+    with pytest.raises(EngineDiedError, match="this worker stops"):
+        await asyncio.wait_for(asking, 60)
+    engine.say(wire.ExpertReport(ExpertStatistics(5)))
+    engine.say(wire.Stepped(1, 2, (), Load(queued=3), 0, Statistics()))
+    await until(lambda: running.done() or client.load.queued == 3)
+    assert not running.done()
+    running.cancel()
+
+
 async def test_what_the_engine_refuses_ends_that_stream_alone(connected):
     client, engine, supervisor = connected
     running = asyncio.create_task(client.run(supervisor))

@@ -188,9 +188,10 @@ class EngineClient:
         self.cached.close()
         for stream in self._streams.values():
             stream.fail(reason)
-        if self._asked is not None and not self._asked.done():
+        if self._asked is not None:
             self._asked.set_exception(reason)
             self._asked.exception()  # nobody may be waiting any more
+            self._asked = None
 
     def _raise_if_ended(self) -> None:
         if self._ended is not None:
