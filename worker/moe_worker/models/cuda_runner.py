@@ -130,8 +130,9 @@ def warm_sizes(most: int) -> list[int]:
     """Numbers of tokens, up to `most`, whose passes use every variant of the kernels; the largest first.
 
     Every choice by the number of tokens changes behind a power of two: linear_tile, expert_tiles, route,
-    write_latents, merge_values, sort_by_expert (by rows: tokens times experts), and wide passes. The largest
-    blocks of expert_tiles begin at a number of rows of an expert instead, so that `most` has them if any has.
+    write_latents, merge_values, sort_by_expert (by rows: tokens times experts). Wide passes begin between two
+    powers: the number behind the lower one still has the other products. The largest blocks of expert_tiles
+    begin at a number of rows of an expert instead, so that `most` has them if any has.
     """
     powers = [1 << n for n in range(most.bit_length())]
     return sorted({most, *(size for power in powers for size in (power, power + 1) if size <= most)})[::-1]
