@@ -233,6 +233,22 @@ def test_few_streams_stay_together():
     engine.drain()
 
 
+@pytest.mark.parametrize(
+    ("number_format", "count", "largest"),
+    [("w4a8", 256, 128), ("w4a8", 64, 64), ("bf16", 64, 32), ("bf16", 10, 8), ("fp8", 64, 64)],
+)
+def test_on_gpus_streams_are_divided_where_parts_pay(loaded, monkeypatch, number_format, count, largest):
+    monkeypatch.setattr(core_module, "Launcher", Ahead)
+    staged = replace(loaded, runner=Staged(loaded.runner, 2), format=number_format)
+    core = EngineCore(staged, EngineOptions(max_batch_size=count, prefill_tokens=count, **OPTIONS))
+    for number in range(count):
+        core.submit(Request(number, (7,), SamplingParameters(max_tokens=8, ignore_eos=True), seed=number))
+    deltas = []
+    while not core.idle:
+        deltas.append(len(core.step()))
+    assert max(deltas[6:]) == largest
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_lone_stream_waits_for_its_token_only_where_the_host_must_know_it(ahead):
     engine = streams(1, micro_batches=2, ahead=ahead)
