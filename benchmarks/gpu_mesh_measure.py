@@ -185,13 +185,17 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             target_step_ms=10_000,
         )  # fmt: skip
         what = f"prefill, {tokens} tokens a step"
-        rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
-        tell(what, max(rates), "tokens/s")
-        print(what, [round(rate) for rate in rates], file=sys.stderr)
-        if tokens > 2048:
-            continue
-        rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1, prompt=None)) for _ in range(3)]
-        tell(f"{what}, prompts of {UNEVEN[0]} to {UNEVEN[-1]}", max(rates), "tokens/s")
+        prompts: dict[str, int | None] = {what: CONTEXT}
+        if tokens <= 2048:
+            prompts[f"{what}, prompts of {UNEVEN[0]} to {UNEVEN[-1]}"] = None
+        for name, prompt in prompts.items():
+            # The first round records graphs.
+            rates = [
+                prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1, prompt=prompt))
+                for _ in range(1 + arguments.rounds)
+            ]
+            tell(name, statistics.median(rates[1:]), "tokens/s")
+            print(name, [round(rate) for rate in rates], file=sys.stderr)
     for (batch, micro_batches), step in steps.items():
         if batch in {arguments.batch[0], *arguments.batch[-2:]}:
             kernels = profiled(engine(loaded, options, batch, 24, micro_batches), batch)
