@@ -112,6 +112,9 @@ class Gate:
         task = asyncio.current_task()
         self._running |= {task} if task else set()
         try:
+            if scope["state"]["left"]():  # while others kept this process busy
+                scope["state"]["abort"]()
+                raise ClientGoneError
             await self._app(scope, receive, send)
         except (ClientGoneError, ClientDisconnect):
             measured.error = _CLIENT_GONE

@@ -6,6 +6,7 @@ head; every byte resets it.
 """
 
 import asyncio
+import select
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -53,7 +54,11 @@ class _Connection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 with a deadline for heads; `scope["state"]["abort"]` cuts the connection."""
+    """HTTP/1.1 with a deadline for heads.
+
+    `scope["state"]` has `abort`, which cuts the connection, and `left`, whether the client closed it: a busy
+    event loop tells that later than the kernel.
+    """
 
     conn: _Connection
     head_s: float = HEAD_S
@@ -67,7 +72,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuses a connection above the bound."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.app_state = {**self.app_state, "abort": transport.abort, "left": self._left}
         if len(self.connections) > self.connections_most:
             transport.abort()
         else:
@@ -115,6 +120,14 @@ class BoundedProtocol(H11Protocol):
         if not self._idle:
             self._forget_head()
             self._read_on()
+
+    def _left(self) -> bool:
+        descriptor = -1 if self.transport.is_closing() else self.transport.get_extra_info("socket").fileno()
+        if descriptor < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     @property
     def _idle(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import socket
 import tracemalloc
 
 import grpc
@@ -378,6 +379,23 @@ async def test_a_client_that_sent_more_and_left_frees_its_worker(http, ahead, to
         await asyncio.sleep(0.1)  # so that it is read before the connection ends
     writer.close()
     await h.bench.workers[0].until(lambda worker: worker.running == 0)
+
+
+async def test_a_client_that_left_while_the_frontend_was_busy_costs_no_worker(http, caplog):
+    h = await http(workers=1)
+    body = json.dumps({"prompt": "silent"}).encode()
+    for _ in range(3):  # the event loop does not run meanwhile
+        with socket.create_connection(("127.0.0.1", h.port)) as client:
+            client.sendall(POST + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+    assert (await h.complete("count 1")).status_code == 200
+    left = [
+        p
+        for p in h.metrics("http.server.request.duration")
+        if p.attributes.get("error.type") == "client_gone"
+    ]
+    assert sum(point.count for point in left) == 3
+    assert h.bench.workers[0].requests == 1
+    assert not caplog.records
 
 
 async def test_what_nobody_foresaw_is_an_error_in_openais_form(http, monkeypatch):
