@@ -5,12 +5,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
 PAGES = LISTED.stdout.split() or ["README.md"]
 BELOW = ("", "operator", "operator/moe_operator", "worker/moe_worker", "protos/moe_api")
 """Folders to which paths in architecture.md are relative."""
+OTHERS = {"spec.schedulerName", "spec.config.env"}
+"""Fields of other kinds that pages name: of pods, and of OLM's Subscription."""
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -75,6 +78,54 @@ def test_the_table_of_changes_names_files_that_exist():
     named = re.findall(r"`((?:\w+/)+[\w./-]*)`", text)
     assert len(named) > 60
     assert not [path for path in named if not any((ROOT / folder / path).exists() for folder in BELOW)]
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    """The schema of a MoEDeployment."""
+    text = (ROOT / "crds/moedeployments.yaml").read_text("utf-8")
+    crds = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
+    (crd,) = (each for each in crds if each["spec"]["names"]["kind"] == "MoEDeployment")
+    return crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def unknown(value, schema, path=""):
+    """Fields of a manifest that its schema does not have, or whose value it does not list."""
+    free = schema.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(value, list):
+        for each in value:
+            yield from unknown(each, schema.get("items", {}), path)
+    elif isinstance(value, dict) and not free:
+        fields, others = schema.get("properties", {}), schema.get("additionalProperties")
+        for key, part in value.items():
+            if key not in fields and not others:
+                yield f"{path}.{key}"
+            yield from unknown(
+                part, fields.get(key) or (others if isinstance(others, dict) else {}), f"{path}.{key}"
+            )
+    elif value not in schema.get("enum", [value]):
+        yield f"{path}: {value}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page == "README.md" or page.startswith("docs/")])
+def test_documents_name_fields_that_a_deployment_has(page, deployment):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [
+        each for block in re.findall(r"(?s)```yaml\n(.*?)```", text) for each in yaml.safe_load_all(block)
+    ]
+    specs = [
+        each["spec"]
+        for each in found
+        if each.get("kind", "MoEDeployment") == "MoEDeployment" and "spec" in each
+    ]
+    for named in set(re.findall(r"`((?:spec|status)(?:\.[a-zA-Z]+)+)`", text)) - OTHERS:
+        schema = deployment
+        for key in named.split("."):
+            schema = schema.get("items", schema)
+            others = schema.get("additionalProperties")
+            assert key in schema.get("properties", {}) or others, f"a MoEDeployment has no {named}"
+            schema = schema.get("properties", {}).get(key) or {}
+    assert [field for spec in specs for field in unknown(spec, deployment["properties"]["spec"])] == []
 
 
 def test_decisions_are_numbered_once_each():
