@@ -58,6 +58,13 @@ class ApplyForbiddenError(RetryableError):
     patience = 5.0
 
 
+class WebhookUnavailableError(ApplyForbiddenError):
+    """The API server could not ask an admission webhook, so it refuses what the webhook has to admit."""
+
+    patience = 1.0
+    longest_seconds = 30.0
+
+
 class OwnerUnknownError(ApplyForbiddenError):
     """The API server does not know the CRD yet; if it checks owners, a MoEDeployment may own nothing.
 

@@ -6,6 +6,7 @@ The API server is real; the policies and the webhook are those that clusters hav
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 from base64 import b64encode
@@ -22,6 +23,7 @@ from moe_operator.errors import (
     ChangedMeanwhileError,
     ClusterUnavailableError,
     ReadForbiddenError,
+    WebhookUnavailableError,
 )
 from moe_operator.settings import Settings
 from tests.operator.by_hand import COLLECTION, Api
@@ -100,6 +102,26 @@ def webhook():
     return SimpleNamespace(files=Authority().pair("127.0.0.1"), status=status, handler=Handler)
 
 
+def configure(api, port, **client):
+    """Has the API server ask a webhook at a port about Roles."""
+    configured = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": "no-roles"},
+        "webhooks": [
+            {
+                "name": "rules.example.org",
+                "clientConfig": {"url": f"https://127.0.0.1:{port}/", **client},
+                "rules": [ROLES],
+                "sideEffects": "None",
+                "admissionReviewVersions": ["v1"],
+                "timeoutSeconds": 5,
+            }
+        ],
+    }
+    assert api.ask("POST", f"{ADMISSION}/validatingwebhookconfigurations", configured)[0] == 201
+
+
 @pytest.fixture
 def denying(api, webhook, tmp_path):
     file = tmp_path / "webhook.pem"
@@ -110,23 +132,8 @@ def denying(api, webhook, tmp_path):
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    url = f"https://127.0.0.1:{server.server_port}/"
-    configured = {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "ValidatingWebhookConfiguration",
-        "metadata": {"name": "no-roles"},
-        "webhooks": [
-            {
-                "name": "rules.example.org",
-                "clientConfig": {"url": url, "caBundle": b64encode(webhook.files["ca.crt"]).decode()},
-                "rules": [ROLES],
-                "sideEffects": "None",
-                "admissionReviewVersions": ["v1"],
-                "timeoutSeconds": 5,
-            }
-        ],
-    }
-    assert api.ask("POST", f"{ADMISSION}/validatingwebhookconfigurations", configured)[0] == 201
+    authority = b64encode(webhook.files["ca.crt"]).decode()
+    configure(api, server.server_port, caBundle=authority)
     in_force(api, denied=True)
     yield webhook.status
     api.ask("DELETE", f"{ADMISSION}/validatingwebhookconfigurations/no-roles")
@@ -135,9 +142,10 @@ def denying(api, webhook, tmp_path):
     server.server_close()
 
 
-def is_denied_and_goes_on(api, sentence):
+def is_denied_and_goes_on(api, sentence, *, made=False):
     """A deployment whose Role is denied has everything else, says why, and is tried again."""
-    make(api, "denied", replicas=1)
+    if not made:
+        make(api, "denied", replicas=1)
     with pytest.raises(ApplyForbiddenError, match=sentence):
         api.reconcile_or_raise("denied")
     for kind in ("Ready", "Progressing"):
@@ -183,6 +191,24 @@ def test_a_webhook_that_denies_with_any_code_is_said_and_heals(api, denying, cod
         denying["code"] = code
     is_denied_and_goes_on(api, "denied the request: the team's rules")
     api.ask("DELETE", f"{ADMISSION}/validatingwebhookconfigurations/no-roles")
+    heals_without_an_edit(api)
+
+
+def test_a_webhook_that_does_not_respond_is_said_unless_it_only_restarts(api, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        configure(api, closed.getsockname()[1])
+        in_force(api, denied=True)
+        make(api, "denied", replicas=1)
+        with pytest.raises(WebhookUnavailableError):
+            api.reconcile_or_raise("denied")
+        assert api.condition("denied", "Progressing") == {}
+        assert api.cluster.list("StatefulSet", "default", "denied")
+        monkeypatch.setattr("moe_operator.controller.reconcile._BRIEF_SECONDS", 0.0)
+        is_denied_and_goes_on(api, "failed calling webhook", made=True)
+        said = api.condition("denied", "Progressing")["message"]
+        assert said.endswith("; repair the webhook, or set its failurePolicy to Ignore")
+        api.ask("DELETE", f"{ADMISSION}/validatingwebhookconfigurations/no-roles")
     heals_without_an_edit(api)
 
 
@@ -251,6 +277,7 @@ WRONG = {"causes": [{"reason": "FieldValueInvalid", "field": "spec.template"}]}
         ("patch", answer(422, reason="Invalid", message="m", details=WRONG), ApplyRefusedError),
         ("patch", answer(400, reason="BadRequest", message="strict decoding error"), ApplyRefusedError),
         ("patch", answer(422, reason="Invalid", message="m", details={"causes": [{}]}), ApplyForbiddenError),
+        ("patch", answer(500, message="Internal error: failed calling webhook"), WebhookUnavailableError),
         ("patch", answer(413, reason="RequestEntityTooLarge", message="policy"), ApplyForbiddenError),
         ("patch", answer(422, "[]"), ApplyForbiddenError),
     ],

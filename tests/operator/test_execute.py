@@ -13,6 +13,7 @@ from moe_operator.errors import (
     ChangedMeanwhileError,
     ClusterUnavailableError,
     OutOfTimeError,
+    WebhookUnavailableError,
 )
 from moe_operator.executor.execute import execute
 from moe_operator.planner.changes import Change, Why
@@ -85,6 +86,15 @@ def test_every_refusal_is_collected_but_a_hundred_replicas_are_not_refused_one_b
     refusals = execute(cluster, OWNER, plan(*names, kind="StatefulSet"), in_time)
     assert [str(error) for error in refusals] == names[:3]
     assert len(cluster.done) == 2 + 3
+
+
+def test_a_webhook_that_does_not_respond_is_asked_once_for_each_kind():
+    away = WebhookUnavailableError("failed calling webhook")
+    cluster, steps = Cluster({f"apply {name}": away for name in "ab"}), itertools.count()
+    assert execute(cluster, OWNER, plan("a", "b"), in_time) == [away]
+    assert cluster.done[2:] == ["apply a"]
+    cluster = Cluster({"delete docs-0": away})
+    assert execute(cluster, OWNER, plan("a"), lambda: next(steps) < 2) == [away], "out of time, with a reason"
 
 
 def test_a_conflict_that_follows_from_a_refusal_does_not_hide_it():

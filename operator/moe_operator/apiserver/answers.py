@@ -18,6 +18,7 @@ from moe_operator.errors import (
     MoEOperatorError,
     OwnerUnknownError,
     ReadForbiddenError,
+    WebhookUnavailableError,
 )
 from moe_operator.resources import names
 
@@ -30,9 +31,12 @@ _DENIED: Final = re.compile(
 without a reason.
 https://github.com/kubernetes/kubernetes/tree/master/staging/src/k8s.io/apiserver/pkg/admission/plugin
 """
+_UNASKED: Final = re.compile(r"failed calling webhook")
+"""Message about a webhook that does not respond, with code 500."""
 _REMEDIES: Final = (
     (re.compile("exceeded quota"), "raise the quota"),
     (_DENIED, "change the policy that denies it"),
+    (_UNASKED, "repair the webhook, or set its failurePolicy to Ignore"),
     (re.compile(r'User ".*" cannot \w+ resource'), "grant the right to the operator's ServiceAccount"),
 )
 """By what the message of a refused request says."""
@@ -43,8 +47,8 @@ _SENTENCE_MOST: Final = 2000
 def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorError:
     """The error to raise for an error response to `method` at `path`."""
     code, said, status = error.status, message(error.body), api_status.parse(error.body)
-    if _DENIED.search(said):
-        return ApplyForbiddenError(f"the API server forbids {path}: {said}{_remedy(said)}")
+    if (refusal := _of_admission(code, said)) is not None:
+        return refusal(f"the API server forbids {path}: {said}{_remedy(said)}")
     if code == _EXPIRED:
         return HistoryExpiredError(said)
     if code == _GONE and not (status.get("details") or {}).get("name"):
@@ -55,6 +59,13 @@ def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorErr
     if code in (_UNAUTHENTICATED, _TIMED_OUT, _TOO_MANY) or code >= _SERVER:
         return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
     return _refusal(status, said, method, path, forbidden=code == _FORBIDDEN)
+
+
+def _of_admission(code: int, said: str) -> type[ApplyForbiddenError] | None:
+    """The error if admission refuses a request; None if it does not."""
+    if _DENIED.search(said):
+        return ApplyForbiddenError
+    return WebhookUnavailableError if code >= _SERVER and _UNASKED.search(said) else None
 
 
 def _refusal(

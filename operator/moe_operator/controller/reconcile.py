@@ -25,6 +25,7 @@ from moe_operator.errors import (
     PermanentError,
     ReadForbiddenError,
     RetryableError,
+    WebhookUnavailableError,
 )
 from moe_operator.executor import execute
 from moe_operator.executor.certificates import Certificates
@@ -48,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 _AFTER_DEADLINE_SECONDS = 0.5
 """Times in the status are whole seconds: after this many more, the deadline has certainly passed."""
+
+_BRIEF_SECONDS = 10.0
+"""A webhook that does not respond for less is probably restarting."""
 
 
 class Watcher(Protocol):
@@ -83,6 +87,8 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._planning = Planning(self.cluster, self.settings, self.clock, self.active, self.dialer)
         self._reporting = Reporting(self.cluster, self.clock, self.metrics, self.states)
+        self._unasked: dict[Name, float] = {}
+        """Since when nothing but a webhook that does not respond stops a deployment (time.monotonic)."""
 
     def reconcile(self, name: Name) -> float | None:
         """Reconciles one deployment.
@@ -99,6 +105,7 @@ class Reconciler:
             body = self.cluster.get(names.KIND, name.namespace, name.name)
             if body is None or "deletionTimestamp" in body["metadata"]:
                 self.states.forget(name)
+                self._unasked.pop(name, None)
                 if self.watcher is not None:
                     self.watcher.gone(name)
                 return None
@@ -135,7 +142,10 @@ class Reconciler:
                 "conflict: the deployment was modified or deleted concurrently; retrying"
             )
         self._drain(deployment, todo.drain)
-        if refusals := [*uncertified, *self._execute(deployment.identity, todo)]:
+        refusals = [*uncertified, *self._execute(deployment.identity, todo)]
+        if self._is_brief(deployment.identity, refusals):
+            raise refusals[0]
+        if refusals:
             return self._refused(deployment, todo, refusals)
         self._reporting.write(deployment.identity, deployment.status, todo.status)
         self._reporting.announce(deployment.identity, todo.news)
@@ -232,6 +242,15 @@ class Reconciler:
             return self.settings.recheck_seconds
         kinds = [type(error) for error in refusals]
         raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
+
+    def _is_brief(self, who: Identity, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]) -> bool:
+        """Whether nothing but a webhook that just stopped responding is in the way: that is not reported."""
+        name = Name(who.namespace, who.name)
+        if not refusals or not all(isinstance(error, WebhookUnavailableError) for error in refusals):
+            self._unasked.pop(name, None)
+            return False
+        now = time.monotonic()
+        return now - self._unasked.setdefault(name, now) < _BRIEF_SECONDS
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Drains replicas. If the call fails, the deletion of the pod drains the replica."""

@@ -17,6 +17,7 @@ from moe_operator.errors import (
     ApplyRefusedError,
     ChangedMeanwhileError,
     OutOfTimeError,
+    WebhookUnavailableError,
 )
 from moe_operator.kube.client import Cluster
 from moe_operator.planner.decision import Decision, timestamp
@@ -49,14 +50,17 @@ def execute(
     objects created after them. No refusal and no conflict stops the rest. A conflict may result from a
     refusal (a RoleBinding conflicts if its Role was refused), so it counts only if there is none.
 
-    Raises other errors of the client, and OutOfTimeError; completed changes stay, and the next plan continues
-    from there.
+    Raises other errors of the client, and OutOfTimeError if nothing was refused; completed changes stay, and
+    the next plan continues from there.
     """
-    effects, refusals = list(_effects(cluster, identity, plan)), []
+    effects = list(_effects(cluster, identity, plan))
+    refusals: list[ApplyRefusedError | ApplyForbiddenError] = []
     refused: Counter[str] = Counter()
     conflict: ChangedMeanwhileError | None = None
     for done, (kind, effect, about) in enumerate(effects):
         if not in_time():
+            if refusals:
+                break
             raise OutOfTimeError(
                 f"{done} of {len(effects)} changes are applied; the next reconcile continues"
             )
@@ -67,7 +71,8 @@ def execute(
             if about is not None:
                 completed(about)
         except (ApplyRefusedError, ApplyForbiddenError) as error:
-            refused[kind] += 1
+            # A webhook that does not respond may take the limit of a request each time.
+            refused[kind] += _MOST_REFUSALS if isinstance(error, WebhookUnavailableError) else 1
             refusals.append(error)
         except ChangedMeanwhileError as error:
             conflict = conflict or error
