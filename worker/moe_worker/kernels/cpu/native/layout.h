@@ -17,7 +17,6 @@ inline int64_t block_bytes(int cols, int group, int bits) {
     return 64 * (int64_t(ceil_div(cols, group)) + steps_for(cols, bits));
 }
 inline int64_t block_bytes(const MoeWeight& w) { return block_bytes(w.cols, w.group, w.bits); }
-inline int64_t weight_bytes(const MoeWeight& w) { return block_bytes(w) * block_count(w); }
 // Of MoeHeadWeight: a block, and a head's matrix.
 inline int64_t block_bytes(const MoeHeadWeight& w) { return 64 * int64_t(1 + ceil_div(w.cols, 4)); }
 inline int64_t weight_bytes(const MoeHeadWeight& w) { return block_bytes(w) * ceil_div(w.rows, BLOCK); }

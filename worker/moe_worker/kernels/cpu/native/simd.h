@@ -10,7 +10,6 @@ namespace {
 constexpr int LANES = 16;
 typedef __m512 vf;
 typedef __m512i vi;
-typedef __mmask16 vmask;
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf set(float x) { return _mm512_set1_ps(x); }
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -65,7 +64,6 @@ inline vi load_int(const void* p) { return _mm512_loadu_si512(p); }
 inline vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi sub_int(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline vi mul_int(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
-inline int32_t sum_int(vi a) { return _mm512_reduce_add_epi32(a); }
 inline vi load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline vi low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline vi high_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
@@ -135,11 +133,6 @@ inline vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p)
 inline vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi sub_int(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 inline vi mul_int(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
-inline int32_t sum_int(vi a) {
-    __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
-}
 inline vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 inline vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 inline vi high_nibbles(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
