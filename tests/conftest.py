@@ -1,5 +1,6 @@
 """Fixtures that every part's tests may use: a running local cluster, and a namespace of one's own in it."""
 
+import contextlib
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ from xdist.workermanage import WorkerController
 
 from localcluster import Cluster
 from localcluster.errors import CommandError
+from moe_worker.kernels.cpu import build
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_FILES = (
@@ -138,6 +140,8 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A real Kubernetes, started once for all tests (about 7 s); it ends with the test process at last."""
+    with contextlib.suppress(build.BuildError):  # without a compiler, pods compute with plain torch
+        build.install()  # of sources that have changed: else each pod would compile them, for 20 s
     running = Cluster(tmp_path_factory.mktemp("cluster"))
     running.up(detached=False)
     yield running
