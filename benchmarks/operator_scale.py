@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--operator", type=Path, default=ROOT, metavar="CHECKOUT", help="whose operator")
     parser.add_argument("--keep", type=Path, help="keep logs in this directory")
     arguments = parser.parse_args()
+    if arguments.rate * arguments.seconds < 2:
+        parser.error("--rate times --seconds makes fewer than two edits; raise one of them")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         directory = arguments.keep or Path(scratch)
