@@ -46,6 +46,9 @@ class Cluster:
     def set_pod_condition(self, namespace, name, uid, condition):
         self._do(f"gate {name}")
 
+    def read(self, kind, namespace, name):
+        return None
+
     def delete(self, kind, namespace, name, uid):
         self._do(f"delete {name}")
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
 FRONTEND = f"{DEPLOYMENTS}/rewritten-frontend"
+WORKER = "/apis/apps/v1/namespaces/default/statefulsets/rewritten-0"
 SET = (
     'JSONPatch{op: "replace", path: "/spec/template/spec/containers/0/image", value: "mirror.example/x:1"},'
     'JSONPatch{op: "replace", path: "/spec/template/spec/terminationGracePeriodSeconds", value: 7}'
@@ -183,6 +184,53 @@ def test_what_is_added_by_hand_to_an_atomic_field_is_taken_out(applied):
         applied.reconcile("rewritten")
         assert field(applied.ask("GET", path)[1]) == before, what
         assert applied.reconcile("rewritten") == (0, False), what
+
+
+def by_hand(api, path, change):
+    """What `kubectl edit` does."""
+    found = api.ask("GET", path)[1]
+    change(found["spec"])
+    assert api.ask("PUT", path, found)[0] == 200
+
+
+def first(spec):
+    return spec["template"]["spec"]["containers"][0]
+
+
+def other_probe(spec):
+    first(spec)["livenessProbe"] = {"exec": {"command": ["true"]}}
+
+
+def other_value(spec):
+    variable = next(one for one in first(spec)["env"] if "valueFrom" in one)
+    del variable["valueFrom"]
+    variable["value"] = "by hand"
+
+
+def other_volume(spec):
+    volume = next(one for one in spec["template"]["spec"]["volumes"] if "hostPath" in one)
+    del volume["hostPath"]
+    volume["emptyDir"] = {}
+
+
+def other_budget(spec):
+    del spec["maxUnavailable"]
+    spec["minAvailable"] = 1
+
+
+@pytest.mark.parametrize("change", [other_probe, other_value, other_volume, other_budget])
+def test_what_excludes_our_field_is_taken_out(applied, change):
+    """Together they are invalid, and apply alone would leave it."""
+    path = {other_budget: ADDED["a label selector"][0], other_volume: WORKER}.get(change, FRONTEND)
+    before = applied.ask("GET", path)[1]["spec"]
+    labels = {"metadata": {"annotations": {"by": "hand"}}}
+    assert applied.ask("PATCH", path, labels)[0] == 200
+    by_hand(applied, path, change)
+    assert applied.ask("GET", path)[1]["spec"] != before
+    applied.reconcile("rewritten")
+    after = applied.ask("GET", path)[1]
+    assert (after["spec"], after["metadata"]["annotations"]["by"]) == (before, "hand")
+    assert applied.reconcile("rewritten") == (0, False)
 
 
 def test_what_others_add_to_fields_that_are_shared_is_left(applied):

@@ -20,9 +20,11 @@ from moe_operator.errors import (
     WebhookUnavailableError,
 )
 from moe_operator.kube.client import Cluster
+from moe_operator.observed.ownership import without_others
 from moe_operator.planner.decision import Decision, timestamp
 from moe_operator.planner.gates import Gate
 from moe_operator.planner.plan import Plan
+from moe_operator.render.children import OPTIONAL_KINDS
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
@@ -101,7 +103,21 @@ def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[_Effe
     if plan.secret is not None:
         yield _Effect("Secret", partial(_ensure_secret, cluster, plan.secret))
     for manifest in plan.apply:
-        yield _Effect(manifest["kind"], partial(cluster.apply, manifest), key(manifest))
+        yield _Effect(manifest["kind"], partial(_apply, cluster, manifest), key(manifest))
+
+
+def _apply(cluster: Cluster, manifest: Manifest) -> None:
+    """Applies an object; if it is invalid together with what others added by hand, removes that first."""
+    try:
+        cluster.apply(manifest)
+    except ApplyRefusedError:
+        metadata = manifest["metadata"]
+        actual = cluster.read(manifest["kind"], metadata.get("namespace"), metadata["name"])
+        alone = manifest if actual is None else without_others(manifest, actual)
+        if alone == manifest or manifest["kind"] in OPTIONAL_KINDS:
+            raise
+        cluster.merge(alone)
+        cluster.apply(manifest)
 
 
 def _ensure_secret(cluster: Cluster, make: Callable[[str], Manifest]) -> None:

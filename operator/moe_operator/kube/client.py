@@ -146,6 +146,17 @@ class Cluster:
         if applied is not None:
             self._cache.put(manifest["kind"], applied)
 
+    def merge(self, manifest: Manifest) -> None:
+        """Merges an object of a built-in kind into the existing one; null removes a field, whoever set it."""
+        metadata = manifest["metadata"]
+        self._requests.send(
+            "patch",
+            _path(manifest["kind"], metadata.get("namespace"), metadata["name"]),
+            body=manifest,
+            content_type="application/strategic-merge-patch+json",
+            field_manager=names.FIELD_MANAGER,
+        )
+
     def set_pod_condition(self, namespace: str, name: str, uid: str, condition: Mapping[str, str]) -> None:
         """Sets one condition of a pod, if it is still the one with this UID; the others stay."""
         changed = self._requests.send(

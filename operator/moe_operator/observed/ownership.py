@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
+from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 
 Owned: TypeAlias = Mapping[str, Any] | None
@@ -29,6 +30,35 @@ def owned(manifest: Mapping[str, Any]) -> Owned:
     """The fields of an object that are the operator's."""
     entries = manifest["metadata"].get("managedFields", ())
     return next((entry.get("fieldsV1") or None for entry in entries if is_ours(entry)), None)
+
+
+def without_others(desired: Manifest, actual: Manifest) -> Manifest:
+    """The desired object with null for each field of its spec that only another client sets.
+
+    Server-side apply leaves such fields, and the result may be invalid: only one of minAvailable and
+    maxUnavailable may be set. A merge removes what is null. Labels, annotations and whole items of lists are
+    left.
+    """
+    spec = desired.get("spec")
+    for entry in actual["metadata"].get("managedFields", ()):
+        if not is_ours(entry) and not entry.get("subresource"):
+            spec = _cleared(spec, (entry.get("fieldsV1") or {}).get("f:spec") or {})
+    return {**desired, "spec": spec} if spec is not None else desired
+
+
+def _cleared(desired: Any, others: Mapping[str, Any]) -> Any:
+    if isinstance(desired, dict):
+        fields = {name.removeprefix("f:"): below for name, below in others.items() if name.startswith("f:")}
+        fields.pop("metadata", None)
+        kept = {name: _cleared(desired[name], below) for name, below in fields.items() if name in desired}
+        return {**dict.fromkeys(fields), **desired, **kept}
+    if isinstance(desired, list | tuple):
+        items = [(key, below) for key, below in others.items() if key.startswith("k:")]
+        return [
+            next((_cleared(item, below) for key, below in items if _names(key, item)), item)
+            for item in desired
+        ]
+    return desired
 
 
 def of_field(node: Owned, name: str) -> Owned:
