@@ -114,7 +114,11 @@ def test_short_traces_have_numbers_where_there_can_be_some(tmp_path, rates, monk
 
 @pytest.mark.parametrize(
     ("rates", "sentence"),
-    [([5, 6], "short.csv has 2 steps of 1 min; a replay needs 3 or more"), ([0, 0, 0, 0], "no work arrives")],
+    [
+        ([5, 6], "short.csv has 2 steps of 1 min; a replay needs 3 or more"),
+        ([0, 0, 0, 0], "no work arrives"),
+        ([1e-300] * 7, "no work arrives"),
+    ],
 )
 def test_a_trace_that_nothing_can_be_said_of_is_refused(tmp_path, rates, sentence):
     path = tmp_path / "short.csv"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moe_tools.replay.trace import WorkTrace
 
 _GPUS_AT_MEAN: Final = 10
+_NOTHING: Final = 1e-9
+"""Less work per minute is none: beyond it floats say more than the trace."""
 _FEWEST_STEPS: Final = 3
 _LONGEST_S: Final = 86_400
 _MOST_REPLICAS: Final = 100_000
@@ -162,7 +164,8 @@ def _replayed(
     from moe_tools.replay.simulator import Service  # noqa: PLC0415
 
     # Where nothing arrives in the first part, the whole trace says how large the service is.
-    mean = _mean(trace.rates[:boundary]) or _mean(trace.rates)
+    means = (_mean(trace.rates[:boundary]), _mean(trace.rates))
+    mean = next((rate for rate in means if rate > _NOTHING), 0.0)
     per_gpu = capacity or mean / _GPUS_AT_MEAN
     if per_gpu <= 0:
         raise CommandError(f"no work arrives in {trace.name}: there is nothing to scale for", errors.WRONG)

@@ -138,7 +138,8 @@ def test_the_combination_is_close_to_the_best_candidate_and_follows_a_change():
     assert losses[3] < 0.25 * losses[:3].min(), "the best changed, so none of them alone is good"
 
 
-def test_constant_demand_is_forecast_as_it_is():
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_constant_demand_is_forecast_as_it_is_without_a_warning():
     made, _ = driven([500.0] * 300)
     last = made[300]
     assert last.mean == pytest.approx(500.0)

@@ -80,6 +80,7 @@ class Direct:
         scale = np.abs(columns).mean(axis=0)
         outcomes = np.concatenate([outcomes, np.zeros(len(doubt))])
         columns = np.vstack([columns, np.diag(doubt * scale)])
-        with warnings.catch_warnings():
+        # With constant demand every residual is 0 and the standard errors, which nobody reads, are undefined.
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", IterationLimitWarning)  # close enough; the next refit continues
             return np.asarray(QuantReg(outcomes, columns).fit(0.5, max_iter=_ITERATIONS).params)
