@@ -119,9 +119,9 @@ def later(docs: Live) -> str:
     folders = (str(ROOT / "tests/chart/next"), str(ROOT / ".venv/bin"))
     images.load(Layout(docs.cluster.directory).images, images.Image(image, folders, user=65532))
     field = (
-        "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/engine/properties/maxBatchSize"
+        "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/engine/properties/verification"
     )
-    change = [{"op": "replace", "path": f"{field}/default", "value": 32}]
+    change = [{"op": "replace", "path": f"{field}/default", "value": "None"}]
     docs.kubectl("patch", "crd", CRDS[0], "--type=json", "-p", json.dumps(change))
     return image
 
@@ -132,14 +132,14 @@ def test_an_operator_that_renders_other_pods_restarts_none_before_an_edit(docs, 
         pods = docs.leaders().items()
         return {n: pod["spec"]["containers"][0]["livenessProbe"]["failureThreshold"] for n, pod in pods}
 
-    before, batch = workers(docs), docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"]
+    before, engine = workers(docs), docs.get("moed", "docs")["spec"]["engine"]
     helm.upgrade("--set", f"image={later}", "--force-conflicts")
     acts(docs)
     docs.kubectl("scale", "moed/docs", "--replicas=3")
     docs.settled()
     assert before.items() <= workers(docs).items()
     assert thresholds() == {"docs-0-0": 3, "docs-1-0": 3, "docs-2-0": 3}
-    assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == batch
+    assert docs.get("moed", "docs")["spec"]["engine"] == engine
 
     docs.patch("moed", "docs", {"spec": {"replicas": 2, "engine": {"maxBatchSize": 8}}})
     eventually(thresholds, lambda found: set(found.values()) == {7}, "the newer rendering", 90)

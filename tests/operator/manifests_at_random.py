@@ -96,6 +96,8 @@ _FITTING: dict[str, list[Any]] = {
     "pipeline": [1, 2],
     "contextLength": [1, 512, 4194304],
     "maxBatchSize": [1, 4096],
+    "prefillTokens": [1, 1048576],
+    "targetStepMilliseconds": [1, 3600000],
     "kvOffload": ["1Mi", "1.5Gi", 2**30, "1e9", "1Pi"],
     "kvMemory": ["1Mi", "1.5Gi", 2**30, "1e9", "1Pi"],
     "image": ["busybox", "localhost:5000/a/b:1", "ghcr.io/moe-operator/worker:dev"],

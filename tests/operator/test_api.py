@@ -125,6 +125,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "replicas huge": ({"replicas": 2_000_000_000}, "replicas is a number from 0 to 1000"),
     "context zero": ({"engine": {"contextLength": 0}}, "contextLength is a number of tokens from 1"),
     "batch negative": ({"engine": {"maxBatchSize": -3}}, "maxBatchSize is a number of requests from 1"),
+    "prefill zero": ({"engine": {"prefillTokens": 0}}, "prefillTokens is a number of tokens from 1"),
+    "step zero": (
+        {"engine": {"targetStepMilliseconds": 0}},
+        "targetStepMilliseconds is a number of milliseconds from 1",
+    ),
     "memory zero": ({"engine": {"kvMemory": 0}}, "kvMemory is an amount of memory of 1Mi or more"),
     "memory unit": (
         {"engine": {"kvMemory": "8GiB"}},
@@ -419,9 +424,8 @@ def test_defaults_are_written_into_the_object(crd):
         "restartBudget": 10,
     }  # fmt: skip
     assert spec["engine"] == {
-        "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
-        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights",
-        "routing": {"learning": "Off"},
+        "dtype": "auto", "device": "auto", "format": "auto", "kvDtype": "auto", "generationConfig": "None",
+        "verification": "Weights", "routing": {"learning": "Off"},
     }  # fmt: skip
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
@@ -565,7 +569,7 @@ def test_the_spec_explains_itself(api):
     assert "contextLength <integer> Maximum number of tokens of prompt and continuation together." in said
     one = " ".join(api.kubectl("explain", "moedeployment.spec.engine.kvMemory").split())
     assert "a quantity such as 512Mi or 40Gi, or a number of bytes; 1Mi to 1Pi." in one
-    assert "Default: 512Mi." in one
+    assert "otherwise 512Mi." in one
 
 
 def test_the_columns_and_the_short_name(crd):

@@ -81,11 +81,14 @@ def test_only_what_changes_the_pods_changes_the_revision():
 
 def test_what_the_spec_leaves_open_is_left_to_the_worker():
     flags = ("--context-length", "--format", "--kv-dtype", "--generation-config", "--config-override")
-    for flag in (*flags, "--kv-offload", "--routing-mass", "--routing-margin", "--learn-routing"):
+    flags += ("--kv-offload", "--routing-mass", "--routing-margin", "--learn-routing", "--prefill-tokens")
+    for flag in (*flags, "--target-step-ms"):
         assert flag not in worker.command(deployment())
     chosen = {"contextLength": 512, "kvMemory": "2Gi", "format": "w4a8", "kvDtype": "fp8"}
     chosen |= {
         "kvOffload": "1.5Gi",
+        "prefillTokens": 8192,
+        "targetStepMilliseconds": 200,
         "generationConfig": "Auto",
         "configOverride": '{"rope_theta": 1e6}',
         "routing": {"mass": "800m", "margin": "50m", "learning": "Online"},
@@ -101,6 +104,28 @@ def test_what_the_spec_leaves_open_is_left_to_the_worker():
     assert command[command.index("--context-length") + 1] == "512"
     assert command[command.index("--kv-memory") + 1] == str(2 * 1024**3)
     assert command[command.index("--kv-offload") + 1] == str(3 * 1024**3 // 2)
+    assert command[command.index("--prefill-tokens") + 1] == "8192"
+    assert command[command.index("--target-step-ms") + 1] == "200"
+
+
+GPU = {"resources": {"limits": {"nvidia.com/gpu": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "memory"),
+    [
+        ({}, "16", str(1 << 29)),
+        ({"worker": GPU}, "256", None),
+        ({"worker": {"acceleratorPercentage": 100}}, "256", None),
+        ({"worker": {"acceleratorPercentage": 50, "acceleratorResource": "a.b/half"}}, "16", str(1 << 29)),
+        ({"worker": GPU, "engine": {"device": "cpu"}}, "16", str(1 << 29)),
+        ({"worker": GPU, "engine": {"maxBatchSize": 8, "kvMemory": "1Gi"}}, "8", str(1 << 30)),
+    ],
+)
+def test_batch_and_cache_fill_a_gpu_that_a_worker_has_to_itself(settings, batch, memory):
+    words = worker.command(deployment(**settings))
+    assert words[words.index("--max-batch-size") + 1] == batch
+    assert (words[words.index("--kv-memory") + 1] if "--kv-memory" in words else None) == memory
 
 
 @pytest.mark.parametrize(

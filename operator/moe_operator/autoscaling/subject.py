@@ -71,7 +71,7 @@ def scaling_spec(spec: Spec, wanted: Scaling) -> ScalingSpec:
     """spec.scaling in the scaler's terms: work is requests, and rates are per minute."""
     prior = wanted.assumed_throughput
     if prior is None:
-        prior = _PRIOR_SHARE * spec.engine.max_batch_size
+        prior = _PRIOR_SHARE * spec.max_batch_size
     return ScalingSpec(
         min_replicas=wanted.min_replicas,
         max_replicas=wanted.max_replicas,

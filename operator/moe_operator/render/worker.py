@@ -56,13 +56,17 @@ _VERIFICATION: dict[str, list[str]] = {
 
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. Options that the spec does not set are omitted."""
-    engine = deployment.spec.engine
-    words = ["moe-worker", "serve", "--model", deployment.spec.model.folder]
+    spec, engine = deployment.spec, deployment.spec.engine
+    words = ["moe-worker", "serve", "--model", spec.model.folder]
     words += ["--served-name", deployment.served_name]
     if engine.context_length is not None:
         words += ["--context-length", str(engine.context_length)]
-    words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
+    words += ["--max-batch-size", str(spec.max_batch_size)]
+    words += ["--kv-memory", str(spec.kv_memory_bytes)] if spec.kv_memory_bytes is not None else []
     words += ["--kv-offload", str(engine.kv_offload_bytes)] if engine.kv_offload is not None else []
+    words += ["--prefill-tokens", str(engine.prefill_tokens)] if engine.prefill_tokens is not None else []
+    if engine.target_step_milliseconds is not None:
+        words += ["--target-step-ms", str(engine.target_step_milliseconds)]
     words += ["--device", engine.device, "--dtype", engine.dtype]
     # Omitted if they equal the worker's default, so that existing deployments do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []
@@ -73,7 +77,7 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--routing-margin", f"{engine.routing_margin:g}"] if engine.routing_margin else []
     words += ["--learn-routing"] if engine.routing.learning == "Online" else []
     words += ["--config-override", engine.config_override] if engine.config_override is not None else []
-    quality = deployment.spec.quality
+    quality = spec.quality
     if quality is not None:
         words += ["--max-bits-per-byte-increase", str(quality.loss_most)]
         words += ["--quality-text", quality.text] if quality.text is not None else []

@@ -57,19 +57,20 @@ class Engine(Model):
             ("self >= 1 && self <= 4194304", "contextLength is a number of tokens from 1 to 4194304")
         ),
     )
-    max_batch_size: int = Field(
-        default=16,
+    max_batch_size: int | None = Field(
+        default=None,
         description="Maximum number of requests that a worker decodes together; more wait in its queue. "
-        "Default: 16.",
+        "Default: 256 where a worker takes whole GPUs, otherwise 16.",
         json_schema_extra=rules(
             ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
         ),
     )
-    kv_memory: Quantity = Field(
-        default="512Mi",
+    kv_memory: Quantity | None = Field(
+        default=None,
         description="Memory of one worker for the KV cache, on its device: a quantity such as 512Mi or "
         "40Gi, or a number of bytes; 1Mi to 1Pi. What running requests do not need keeps prefixes of "
-        "prompts. Default: 512Mi.",
+        "prompts. Default: where a worker takes whole GPUs, room for maxBatchSize requests of the longest "
+        "context, at most what weights and forward passes leave; otherwise 512Mi.",
         json_schema_extra=rules(
             (
                 quantity_between("1Mi", "1Pi"),
@@ -86,6 +87,25 @@ class Engine(Model):
             (
                 quantity_between("1Mi", "1Pi"),
                 "kvOffload is an amount of memory of 1Mi or more, e.g. 512Mi or 16Gi, and at most 1Pi",
+            )
+        ),
+    )
+    prefill_tokens: int | None = Field(
+        default=None,
+        description="Maximum number of prompt tokens of one step of the engine; longer prompts take several. "
+        "Larger steps compute prompts faster and let running requests wait longer. Default: 2048.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 1048576", "prefillTokens is a number of tokens from 1 to 1048576")
+        ),
+    )
+    target_step_milliseconds: int | None = Field(
+        default=None,
+        description="Target time between two tokens of a running request: steps take as many prompt tokens "
+        "as meet it, at most prefillTokens. Default: 50.",
+        json_schema_extra=rules(
+            (
+                "self >= 1 && self <= 3600000",
+                "targetStepMilliseconds is a number of milliseconds from 1 to 3600000",
             )
         ),
     )
@@ -139,11 +159,6 @@ class Engine(Model):
         default="auto",
         description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",
     )
-
-    @property
-    def kv_memory_bytes(self) -> int:
-        """`kv_memory` in bytes."""
-        return int(quantity.parse(self.kv_memory))
 
     @property
     def kv_offload_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field, model_validator
 
-from moe_operator.resources import names
+from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import halves, share_set, takes_gpu
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.cache_spec import Cache
@@ -40,6 +40,8 @@ _ONE_OFFLOADS = (
 _CPUS_LEARN = (
     "engine.routing.learning Online is for workers on CPUs: set engine.device to cpu, or learning to Off"
 )
+# Defaults of engine.maxBatchSize, without and with whole GPUs, and of engine.kvMemory without.
+_BATCH, _GPU_BATCH, _KV_MEMORY = 16, 256, "512Mi"
 _LEARNING = "(has(self.engine.routing.learning) && self.engine.routing.learning == 'Online')"
 _DEVICE = "(has(self.engine.device) ? self.engine.device : 'auto')"
 _LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
@@ -142,6 +144,25 @@ class Spec(Model):
         if scaling is not None and most is not None and scaling.min_replicas * ranks > most:
             raise ValueError(_LIMIT)
         return self
+
+    @property
+    def max_batch_size(self) -> int:
+        """`engine.max_batch_size`, or its default."""
+        if self.engine.max_batch_size is not None:
+            return self.engine.max_batch_size
+        return _GPU_BATCH if self._has_gpus else _BATCH
+
+    @property
+    def kv_memory_bytes(self) -> int | None:
+        """`engine.kv_memory` in bytes, or its default; None: the worker takes what it needs and finds."""
+        if self.engine.kv_memory is None and self._has_gpus:
+            return None
+        return int(quantity.parse(self.engine.kv_memory or _KV_MEMORY))
+
+    @property
+    def _has_gpus(self) -> bool:
+        """Whether a worker has GPUs to itself. It may share a part of one, and its memory, with others."""
+        return self.engine.device != "cpu" and self.worker.gpus >= 1
 
     @property
     def revised(self) -> Spec:
