@@ -58,7 +58,7 @@ _REFUSALS: Final = (
     ("denied the request", "an admission webhook denies the pod; change its policy"),
 )
 """Cause and remedy by a part of the API server's message."""
-_REFUSED_SOMEHOW = "the API server refuses the pod; remove what it names"
+_REFUSED_SOMEHOW = "the API server refuses the pod; correct what it names"
 
 _FAILED: Final = {names.ROLE_WORKER: "WorkerFailed", names.ROLE_FRONTEND: "FrontendFailed"}
 """Reasons by the container that ended with an error; others come from a podTemplate."""
