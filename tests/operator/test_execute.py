@@ -100,6 +100,21 @@ def test_a_webhook_that_does_not_respond_is_asked_once_for_each_kind():
     assert execute(cluster, OWNER, plan("a"), lambda: next(steps) < 2) == [away], "out of time, with a reason"
 
 
+def test_a_refusal_is_about_the_object_as_it_should_be():
+    cluster, todo = Cluster({"apply a": ApplyRefusedError("first")}), plan("a")
+    todo.apply[0]["spec"] = {"ours": 1}
+    entry = {"manager": "kubectl-edit", "operation": "Update", "fieldsV1": {"f:spec": {"f:theirs": {}}}}
+    cluster.read = lambda *_: {"metadata": {"managedFields": [entry]}}
+
+    def merge(manifest):
+        cluster.done.append(manifest["spec"])
+        raise ApplyRefusedError("second")
+
+    cluster.merge = merge
+    assert [str(error) for error in execute(cluster, OWNER, todo, in_time)] == ["first"]
+    assert cluster.done[-2:] == ["apply a", {"theirs": None, "ours": 1}]
+
+
 def test_a_conflict_that_follows_from_a_refusal_does_not_hide_it():
     refused, conflict = ApplyForbiddenError("exceeded quota"), ChangedMeanwhileError("role not found")
     cluster = Cluster({"apply role": refused, "apply binding": conflict})

@@ -110,14 +110,17 @@ def _apply(cluster: Cluster, manifest: Manifest) -> None:
     """Applies an object; if it is invalid together with what others added by hand, removes that first."""
     try:
         cluster.apply(manifest)
-    except ApplyRefusedError:
+    except ApplyRefusedError as refusal:
         metadata = manifest["metadata"]
         actual = cluster.read(manifest["kind"], metadata.get("namespace"), metadata["name"])
         alone = manifest if actual is None else without_others(manifest, actual)
         if alone == manifest or manifest["kind"] in OPTIONAL_KINDS:
             raise
-        cluster.merge(alone)
-        cluster.apply(manifest)
+        try:
+            cluster.merge(alone)
+            cluster.apply(manifest)
+        except ApplyRefusedError:
+            raise refusal from None  # about the object as it should be
 
 
 def _ensure_secret(cluster: Cluster, make: Callable[[str], Manifest]) -> None:
