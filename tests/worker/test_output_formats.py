@@ -388,7 +388,17 @@ REFUSED = {
     "many digits": (
         {"json_schema": f'{{"const": {"9" * 5000}}}'},
         "output_format.json_schema",
-        "5000 digits",
+        "too large",
+    ),
+    "an integer that no float has": (
+        {"json_schema": '{"items": {"enum": [1, [1234567890123456789]]}}'},
+        "output_format.json_schema",
+        "has 1234567890123456789 in enum, which would be written as 1234567890123456800",
+    ),
+    "a power of two that has shorter digits": (
+        {"json_schema": '{"const": 18446744073709551616}'},
+        "output_format.json_schema",
+        "written as 18446744073709552000",
     ),
     "a text in JSON": ({"json_schema": '"{}"'}, "output_format.json_schema", "not a JSON object"),
     "of itself": ({"json_schema": '{"$ref": "#"}'}, "output_format.json_schema", "no text satisfies"),

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -24,9 +25,8 @@ TOO_SLOW: Final = f"takes more than {COMPILE_CPU_S:g} s to compile; use fewer al
 NOT_INSTALLED: Final = "needs llguidance, which is not installed in this worker; install moe-operator[worker]"
 _SHOWN: Final = 300
 _BYTES: Final = 256
-_DIGITS_MOST: Final = 400
-"""Of an integer: a float has at most 309."""
 _DIGITS_SHOWN: Final = 40
+_FIXED: Final = ("const", "enum")
 _REASON: Final = "error: "
 _NO_TEXT: Final = "NoExtensionBias"
 """What llguidance says of a grammar that allows no first token."""
@@ -80,7 +80,8 @@ def grammar_of(output_format: OutputFormat) -> str:
             schema = _schema(output_format.text)
             if not isinstance(schema, dict):
                 raise FormatError("is not a JSON object; send a JSON Schema")
-            return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+            # As text, because llguidance takes no integer of more than 64 bits from Python.
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
         case "regex":
             return LLMatcher.grammar_from_regex(_expression(output_format.text))
         case "tagged":
@@ -90,13 +91,18 @@ def grammar_of(output_format: OutputFormat) -> str:
 def _schema(text: str) -> Any:
     """The schema in a text.
 
-    llguidance would take null for a number that JSON or a float does not have, so those are refused.
+    llguidance holds numbers as floats: it would take null for those that JSON or a float does not have, and
+    a text would get another integer than that of `const` or `enum`. So these are refused.
 
     Raises:
-        FormatError: it is not JSON.
+        FormatError: it is not JSON, or has such a number.
     """
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+        return json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer, object_hook=_exact
+        )
+    except FormatError:
+        raise
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:
@@ -115,9 +121,26 @@ def _finite(digits: str) -> float:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _DIGITS_MOST:
-        raise ValueError(f"an integer has {len(digits)} digits, and {_DIGITS_MOST} are allowed")
+    _finite(digits)
     return int(digits)
+
+
+def _exact(found: dict[str, Any]) -> dict[str, Any]:
+    for key in _FIXED:
+        _check_exact(found.get(key), key)
+    return found
+
+
+def _check_exact(value: Any, key: str) -> None:
+    """Objects are not looked into: they may be the schema of a property of that name."""
+    if isinstance(value, list):
+        for part in value:
+            _check_exact(part, key)
+    elif isinstance(value, int) and (written := int(Decimal(repr(float(value))))) != value:
+        raise FormatError(
+            f"has {str(value)[:_DIGITS_SHOWN]} in {key}, which would be written as "
+            f"{str(written)[:_DIGITS_SHOWN]}; use a string for such a number"
+        )
 
 
 def _expression(text: str) -> str:
