@@ -101,6 +101,17 @@ def test_ports_are_told_apart_by_number_and_protocol_because_they_need_no_name()
     assert len(container["ports"]) == len(before["ports"]) + len(added)
 
 
+@pytest.mark.parametrize("role", [worker, frontend])
+def test_ports_keep_the_names_by_which_others_find_them(role):
+    """Services name the port that they forward to, and the name says that it serves mutual TLS."""
+    name = {worker: "worker", frontend: "frontend"}[role]
+    (before,) = role.rendered(deployment())["spec"]["containers"]
+    others = [{**port, "name": f"mine-{n}"} for n, port in enumerate(before["ports"])]
+    of = deployment(**{name: template(containers=[{"name": name, "ports": others}])})
+    (container,) = role.rendered(of)["spec"]["containers"]
+    assert container["ports"] == before["ports"]
+
+
 def test_a_deployment_without_a_template_is_written_as_before():
     assert "podTemplate" not in json.dumps(deployment().spec.manifest())
 

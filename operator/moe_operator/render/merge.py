@@ -3,7 +3,7 @@
 As a strategic merge patch does (kubernetes/community: sig-api-machinery/strategic-merge-patch.md), for the
 lists that both sides fill: containers are merged by name, and ports by number and protocol; variables,
 volumes and mounts of the user replace those of the same key; tolerations are added. Other lists are the
-user's.
+user's. Rendered ports keep their names, by which Services, frontends and the operator find them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def _lists(name: str, before: Sequence[Any], users: Sequence[Any]) -> list[Any]:
     items = {_identity(item, keys): item for item in before}
     for item in users:
         key = _identity(item, keys)
-        items[key] = merged(items.get(key, {}) if name in _MERGED else {}, item)
+        known = items.get(key, {}) if name in _MERGED else {}
+        items[key] = merged(known, item)
+        if name == "ports" and "name" in known:
+            items[key]["name"] = known["name"]
     return list(items.values())
 
 
