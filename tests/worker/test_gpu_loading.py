@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
-from moe_worker.engine import gpu
+from moe_worker.engine import gpu, loading
 from moe_worker.engine.loading import load
 from moe_worker.errors import DeviceMemoryError, SettingsError
 from moe_worker.kernels import registry
 from moe_worker.kernels.registry import Hardware, explain
 from moe_worker.kernels.transfer import make_current
-from moe_worker.kvcache.paged import CacheShape
+from moe_worker.kvcache.paged import CacheShape, PagedCache
 
 pytest.importorskip("triton")
 from moe_worker.mesh import cuda_stage
@@ -34,6 +35,7 @@ QWEN = {
     "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+ROWS = CacheShape(27, 576, 16, torch.bfloat16)
 REFUSED = {
     "attention of qwen3_moe": (QWEN, "bf16"),
     "attention_bias to be false": (SMALL | {"attention_bias": True}, "bf16"),
@@ -251,6 +253,26 @@ def test_sparse_weights_leave_room_for_the_dense_ones_that_they_become(monkeypat
     assert read < dense
     assert room(SparseStorage(128), read) == room(None, dense)
     assert room(SparseStorage(128), dense + 10**9) == room(None, dense + 10**9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pages", "alone"),
+    [
+        ({"max_batch_size": 4, "context_length": 16 * 500}, 990, 1000),
+        ({"max_batch_size": 4, "context_length": 16 * 500, "kv_memory": 900 * ROWS.page_bytes}, 900, 900),
+        ({"max_batch_size": 1, "context_length": 16 * 500}, 500, 500),
+        ({"max_batch_size": 4, "context_length": 16 * 995}, 995, 1000),
+    ],
+    ids=["all there is", "as set", "a full batch", "one context"],
+)
+def test_a_rank_that_replaces_another_may_find_a_little_less_room(monkeypatch, sizes, pages, alone):
+    """Where the ranks of a mesh take all the room that there is."""
+    monkeypatch.setattr(gpu, "cache_bytes", lambda *_: 1000 * ROWS.page_bytes)
+    monkeypatch.setattr(PagedCache, "allocate", lambda _shape, pages, _device: pages)
+    options, member = EngineOptions(**sizes), SimpleNamespace(leads=True, channels=[])
+    context, device = sizes["context_length"], torch.device("cuda")
+    assert loading._allocate_cache(ROWS, options, context, device, member, 0) == pages
+    assert loading._allocate_cache(ROWS, options, context, device, None, 0) == alone
 
 
 @pytest.mark.parametrize(

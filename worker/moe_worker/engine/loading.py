@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ from moe_worker.sampling.guides import Guides
 log = logging.getLogger(__name__)
 # Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
+# Of the pages of a mesh that takes the room that its GPUs have.
+LATER_SHARE = 0.01
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHE_DTYPES = DTYPE_BY_NAME | {"fp8": FP8}
@@ -201,8 +204,19 @@ def _allocate_cache(
     room = gpu.cache_bytes(device, shape, options, grows) if device.type == "cuda" else None
     pages = shape.pages_of(context, options.kv_memory, options.max_batch_size, room)
     if member is not None:
-        pages = agree_on_pages(member, pages)
+        full = shape.pages_for(context) * options.max_batch_size
+        by_room = options.kv_memory is None and room is not None
+        trim = partial(_trimmed, least=shape.pages_for(context), full=full) if by_room else None
+        pages = agree_on_pages(member, pages, trim=trim)
     return PagedCache.allocate(shape, pages, device)
+
+
+def _trimmed(pages: int, least: int, full: int) -> int:
+    """Of the pages that all ranks of a mesh found room for, those that it uses: a rank that replaces a lost
+    one may find a little less room, and must have as many. full: pages of a full batch, more than which no
+    rank asks for.
+    """
+    return pages if pages >= full else max(least, pages - math.ceil(pages * LATER_SHARE))
 
 
 def cache_dtype(options: EngineOptions, dtype: torch.dtype, path: str) -> torch.dtype:

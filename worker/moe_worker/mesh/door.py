@@ -96,7 +96,10 @@ class Door:
                 self._waiting[channel.rank] = channel
             for _ in range(2):  # it has loaded its weights, and then compiled its passes (recovery)
                 if channel.receive(Ready).pages < pages:
-                    raise MeshError(f"it has no room for {pages} pages of KV cache; give it more --kv-memory")
+                    raise MeshError(
+                        f"it has no room for {pages} pages of KV cache; give it the others' --kv-memory, "
+                        "or free memory of its device"
+                    )
                 channel.send(Allocate(pages))
         except MeshError as error:
             self._gone(channel, error)

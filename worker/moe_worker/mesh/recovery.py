@@ -27,18 +27,25 @@ LOAD_S, LOAD_SILENT_S = 600.0, 60.0
 MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 
 
-def agree_on_pages(member: Member, pages: int, waits: Waiting | None = None) -> int:
+def agree_on_pages(
+    member: Member,
+    pages: int,
+    waits: Waiting | None = None,
+    trim: Callable[[int], int] | None = None,
+) -> int:
     """The pages that every rank has room for; returns when all ranks have come so far.
 
     The leader waits for one rank after the other, even if another is lost meanwhile: a rank that loads
     notices nothing before it has loaded, and could not meet the others again earlier. It logs for whom it
     waits.
 
-    waits: called now and then while the leader waits for a rank.
+    waits: called now and then while the leader waits for a rank. trim: how many of these the leader allots;
+    None: all.
     """
     if member.leads:
         named = _naming(waits)
         most: int = min([pages, *(channel.receive(Ready, waits=named).pages for channel in member.channels)])
+        most = most if trim is None else trim(most)
         for channel in member.channels:
             channel.send(Allocate(most))
         return most
