@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubernetes.utils.quantity import parse_quantity
 
+from moe_operator.autoscaling.subject import scaling_spec
 from moe_operator.controller.queue import backoff
 from moe_operator.errors import InstallationError, InvalidSpecError
 from moe_operator.kube import peering
@@ -123,8 +124,10 @@ GPU = {"resources": {"limits": {"nvidia.com/gpu": 1}}}
     ],
 )
 def test_batch_and_cache_fill_a_gpu_that_a_worker_has_to_itself(settings, batch, memory):
-    words = worker.command(deployment(**settings))
+    of = deployment(**settings)
+    words = worker.command(of)
     assert words[words.index("--max-batch-size") + 1] == batch
+    assert scaling_spec(of.spec, Scaling(max_replicas=2)).capacity_prior == pytest.approx(6 * int(batch))
     assert (words[words.index("--kv-memory") + 1] if "--kv-memory" in words else None) == memory
 
 

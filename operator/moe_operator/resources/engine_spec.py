@@ -60,7 +60,7 @@ class Engine(Model):
     max_batch_size: int | None = Field(
         default=None,
         description="Maximum number of requests that a worker decodes together; more wait in its queue. "
-        "Default: 256 where a worker takes whole GPUs, otherwise 16.",
+        "Default: 256 where a worker takes whole GPUs (nvidia.com/gpu), otherwise 16.",
         json_schema_extra=rules(
             ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
         ),
