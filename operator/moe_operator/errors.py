@@ -11,6 +11,9 @@ from moe_api.listwatch import ExpiredError, UnavailableError
 class MoEOperatorError(Exception):
     """Base of all errors that this package raises on purpose. The text is a message for people."""
 
+    brief_seconds: ClassVar[float] = 0.0
+    """For how long it is expected to heal by itself, so that a deployment does not count as stuck."""
+
 
 class RetryableError(MoEOperatorError):
     """A later retry can succeed without a change of the object."""
@@ -63,6 +66,7 @@ class WebhookUnavailableError(ApplyForbiddenError):
 
     patience = 1.0
     longest_seconds = 30.0
+    brief_seconds = 10.0
 
 
 class OwnerUnknownError(ApplyForbiddenError):
@@ -73,6 +77,7 @@ class OwnerUnknownError(ApplyForbiddenError):
 
     patience = 1.0
     longest_seconds = 2.0
+    brief_seconds = 40.0
 
 
 class OutOfTimeError(RetryableError):

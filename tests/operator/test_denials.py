@@ -22,9 +22,11 @@ from moe_operator.errors import (
     ApplyRefusedError,
     ChangedMeanwhileError,
     ClusterUnavailableError,
+    OwnerUnknownError,
     ReadForbiddenError,
     WebhookUnavailableError,
 )
+from moe_operator.resources import names as resource_names
 from moe_operator.settings import Settings
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import eventually, manifest
@@ -204,11 +206,32 @@ def test_a_webhook_that_does_not_respond_is_said_unless_it_only_restarts(api, mo
             api.reconcile_or_raise("denied")
         assert api.condition("denied", "Progressing") == {}
         assert api.cluster.list("StatefulSet", "default", "denied")
-        monkeypatch.setattr("moe_operator.controller.reconcile._BRIEF_SECONDS", 0.0)
+        monkeypatch.setattr(WebhookUnavailableError, "brief_seconds", 0.0)
         is_denied_and_goes_on(api, "failed calling webhook", made=True)
         said = api.condition("denied", "Progressing")["message"]
         assert said.endswith("; repair the webhook, or set its failurePolicy to Ignore")
         api.ask("DELETE", f"{ADMISSION}/validatingwebhookconfigurations/no-roles")
+    heals_without_an_edit(api)
+
+
+def test_an_api_server_that_learns_of_the_crd_soon_is_waited_for(api, monkeypatch):
+    """So what is applied right after the installation does not fail for whoever waits for it."""
+    applying = api.cluster.apply
+
+    def apply(manifest, **how):
+        if manifest["kind"] != resource_names.KIND:
+            raise OwnerUnknownError("a young CRD")
+        applying(manifest, **how)
+
+    api.cluster.apply = apply
+    make(api, "denied", replicas=1)
+    for brief, status, reason in ((40.0, "True", "Starting"), (0.0, "False", "ApplyRefused")):
+        monkeypatch.setattr(OwnerUnknownError, "brief_seconds", brief)
+        with pytest.raises(OwnerUnknownError):
+            api.reconcile_or_raise("denied")
+        found = api.condition("denied", "Progressing")
+        assert (found["status"], found["reason"]) == (status, reason)
+    api.cluster.apply = applying
     heals_without_an_edit(api)
 
 

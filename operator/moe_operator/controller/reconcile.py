@@ -22,10 +22,10 @@ from moe_operator.errors import (
     ApplyRefusedError,
     ChangedMeanwhileError,
     InvalidSpecError,
+    OwnerUnknownError,
     PermanentError,
     ReadForbiddenError,
     RetryableError,
-    WebhookUnavailableError,
 )
 from moe_operator.executor import execute
 from moe_operator.executor.certificates import Certificates
@@ -39,7 +39,7 @@ from moe_operator.render.objects import Key
 from moe_operator.render.worker import recipe
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
-from moe_operator.resources.status import Status
+from moe_operator.resources.status import READY, Status
 from moe_operator.rpc.dialing import PLAINTEXT, Dialer
 from moe_operator.rpc.leader import drain
 from moe_operator.rpc.together import ask
@@ -49,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 _AFTER_DEADLINE_SECONDS = 0.5
 """Times in the status are whole seconds: after this many more, the deadline has certainly passed."""
-
-_BRIEF_SECONDS = 10.0
-"""A webhook that does not respond for less is probably restarting."""
 
 
 class Watcher(Protocol):
@@ -87,8 +84,8 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._planning = Planning(self.cluster, self.settings, self.clock, self.active, self.dialer)
         self._reporting = Reporting(self.cluster, self.clock, self.metrics, self.states)
-        self._unasked: dict[Name, float] = {}
-        """Since when nothing but a webhook that does not respond stops a deployment (time.monotonic)."""
+        self._hindered: dict[Name, float] = {}
+        """Since when nothing but what heals by itself stops a deployment (time.monotonic)."""
 
     def reconcile(self, name: Name) -> float | None:
         """Reconciles one deployment.
@@ -105,7 +102,7 @@ class Reconciler:
             body = self.cluster.get(names.KIND, name.namespace, name.name)
             if body is None or "deletionTimestamp" in body["metadata"]:
                 self.states.forget(name)
-                self._unasked.pop(name, None)
+                self._hindered.pop(name, None)
                 if self.watcher is not None:
                     self.watcher.gone(name)
                 return None
@@ -144,6 +141,7 @@ class Reconciler:
         self._drain(deployment, todo.drain)
         refusals = [*uncertified, *self._execute(deployment.identity, todo)]
         if self._is_brief(deployment.identity, refusals):
+            self._report_start(deployment, todo, refusals)
             raise refusals[0]
         if refusals:
             return self._refused(deployment, todo, refusals)
@@ -244,13 +242,27 @@ class Reconciler:
         raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
 
     def _is_brief(self, who: Identity, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]) -> bool:
-        """Whether nothing but a webhook that just stopped responding is in the way: that is not reported."""
-        name = Name(who.namespace, who.name)
-        if not refusals or not all(isinstance(error, WebhookUnavailableError) for error in refusals):
-            self._unasked.pop(name, None)
+        """Whether what is refused heals by itself, as when a webhook restarts, and is not so for too long."""
+        name, expected = Name(who.namespace, who.name), [error.brief_seconds for error in refusals]
+        if not all(expected) or not expected:
+            self._hindered.pop(name, None)
             return False
         now = time.monotonic()
-        return now - self._unasked.setdefault(name, now) < _BRIEF_SECONDS
+        return now - self._hindered.setdefault(name, now) < min(expected)
+
+    def _report_start(
+        self,
+        deployment: Deployment,
+        todo: Plan,
+        refusals: Sequence[ApplyRefusedError | ApplyForbiddenError],
+    ) -> None:
+        """Right after the CRD is installed nothing exists: that a deployment waits for its pods is true."""
+        ready, young = (
+            todo.status.condition(READY),
+            all(isinstance(one, OwnerUnknownError) for one in refusals),
+        )
+        if young and ready is not None and ready.status != "True":
+            self._reporting.write(deployment.identity, deployment.status, todo.status)
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Drains replicas. If the call fails, the deletion of the pod drains the replica."""
