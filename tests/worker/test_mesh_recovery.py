@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -239,14 +240,14 @@ def test_a_rank_that_never_comes_back_is_named(tmp_path, patient, monkeypatch):
         assert time.monotonic() - begin[0] < FOUND_S
 
 
-def recovery_of(reform):
-    """Of rank 1, which meets the others by `reform`."""
-    channel = SimpleNamespace(send=lambda _: None, receive=lambda _: Allocate(4))
+def recovery_of(reform, channel=None, pages=4):
+    """Of rank 1, which has so many pages and meets the others by `reform`."""
+    channel = channel or SimpleNamespace(send=lambda _: None, receive=lambda _: Allocate(pages))
     member = SimpleNamespace(
         leads=False, rank=1, shape=MeshShape(1, 2), reform=reform, group=None, channels=[channel],
         absent=(), formation=1,
     )  # fmt: skip
-    return Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
+    return Recovery(member, SimpleNamespace(release=lambda: None), None, pages, lambda: None)
 
 
 def test_a_rank_whose_leader_does_not_return_ends():
@@ -366,6 +367,22 @@ def test_a_leader_names_the_rank_that_it_waits_for_once(monkeypatch, caplog):
         assert agree_on_pages(member, 4, waits) == 3
         loading.join()
     assert caplog.messages.count("the leader waits for rank 2 to load and compile its part") == 1
+
+
+def test_a_new_leader_takes_the_pages_that_another_rank_has_allocated():
+    """It leaves none for a rank that comes later, because the leader before has done so."""
+    ours, theirs = connected(1)
+    leader = SimpleNamespace(leads=True, channels=[ours])
+    others = SimpleNamespace(leads=False, channels=[theirs])
+    with ThreadPoolExecutor() as threads, contextlib.closing(ours), contextlib.closing(theirs):
+        found = threads.submit(agree_on_pages, others, 1001)
+        assert agree_on_pages(leader, 1000, trim=lambda pages: pages - 10) == 990
+        assert found.result(60) == 990
+        survivor = recovery_of(lambda *_: None, theirs, 990)
+        found = threads.submit(survivor.recover, RankLostError("rank 0 left the mesh"))
+        assert agree_on_pages(leader, 1000, trim=lambda pages: pages - 10) == 990
+        assert agree_on_pages(leader, 990) == 990
+        assert found.result(60) is None
 
 
 def test_a_rank_that_dies_each_time_it_has_loaded_for_minutes_ends_the_replica(monkeypatch):

@@ -57,9 +57,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Ready:
-    """Rank to leader: its weights are loaded, and it has room for `pages` pages of KV cache."""
+    """Rank to leader: its weights are loaded, and it has room for `pages` pages of KV cache.
+
+    allocated: it has just these, and can have no other number.
+    """
 
     pages: int
+    allocated: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def agree_on_pages(
     pages: int,
     waits: Waiting | None = None,
     trim: Callable[[int], int] | None = None,
+    *,
+    allocated: bool = False,
 ) -> int:
     """The pages that every rank has room for; returns when all ranks have come so far.
 
@@ -39,17 +41,19 @@ def agree_on_pages(
     notices nothing before it has loaded, and could not meet the others again earlier. It logs for whom it
     waits.
 
-    waits: called now and then while the leader waits for a rank. trim: how many of these the leader allots;
-    None: all.
+    waits: called now and then while the leader waits for a rank. trim: how many of these the leader allots,
+    unless a rank has allocated them; None: all. allocated: whether this rank has allocated `pages`.
     """
     if member.leads:
         named = _naming(waits)
-        most: int = min([pages, *(channel.receive(Ready, waits=named).pages for channel in member.channels)])
-        most = most if trim is None else trim(most)
+        others: list[Ready] = [channel.receive(Ready, waits=named) for channel in member.channels]
+        most = min([pages, *(other.pages for other in others)])
+        if trim is not None and not any(other.allocated for other in others):
+            most = trim(most)
         for channel in member.channels:
             channel.send(Allocate(most))
         return most
-    member.channels[0].send(Ready(pages))
+    member.channels[0].send(Ready(pages, allocated))
     allotted: int = member.channels[0].receive(Allocate).pages
     return allotted
 
@@ -167,7 +171,7 @@ class Recovery:
         member.reform(REFORM_S, self._may_lack)
         self._load_ends = min(self._load_ends, time.monotonic() + LOAD_S)
         # A rank that is new must have room for as many pages as the others have allocated.
-        if agree_on_pages(member, self._pages, self._waits) != self._pages:
+        if agree_on_pages(member, self._pages, self._waits, allocated=True) != self._pages:
             raise MeshError(
                 f"a new rank has no room for {self._pages} pages of KV cache; start all ranks again"
             )
