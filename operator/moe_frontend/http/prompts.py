@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
-from moe_frontend.http.errors import ApiError, invalid
+from moe_frontend.http.errors import invalid
 from moe_frontend.http.schemas import CHOICES_MOST
 
 Prompt = str | list[int]
@@ -41,12 +41,9 @@ def check_number(prompts: Sequence[Prompt], n: int) -> None:
         ApiError: there are too many.
     """
     if len(prompts) * n > CHOICES_MOST:
-        raise ApiError(
-            400,
-            f"prompt and n ask for {len(prompts) * n} texts ({len(prompts)} prompts, n = {n}); ask for "
-            f"{CHOICES_MOST} at most in one request",
-            param="prompt" if n == 1 else "n",
-        )
+        problem = f"asks for {len(prompts) * n} texts ({len(prompts)} prompts, n = {n})"
+        remedy = f"ask for {CHOICES_MOST} at most in one request"
+        raise invalid("prompt" if n == 1 else "n", f"{problem}; {remedy}")
     check_together(sum(map(len, prompts)), n)
 
 
