@@ -129,7 +129,8 @@ def _one_routing(draw, generator, rank, ranks):
     (places,) = placement(loads, Topology(ranks), ranks * draw.randint(0, 2))
     each = len(places) // ranks
     held = [*places[rank * each : (rank + 1) * each], *range(routed, routed + shared)]
-    for number, count in enumerate(counts):  # every rank draws all, and keeps its own
+    drawn = []
+    for count in counts:  # every rank draws all, and keeps its own
         x_TD = torch.randn(count, width, generator=generator)
         scores_TE = torch.rand(count, routed, generator=generator)
         if draw.random() < 0.3:
@@ -139,8 +140,8 @@ def _one_routing(draw, generator, rank, ranks):
         experts_TK = experts_TK.masked_fill(dropped, -1)
         experts_TK = torch.cat((experts_TK, torch.arange(routed, routed + shared).expand(count, -1)), dim=1)
         weights_TK = torch.rand(experts_TK.shape, generator=generator).masked_fill(experts_TK < 0, 0)
-        if number == rank:
-            own = x_TD, experts_TK, weights_TK
+        drawn.append((x_TD, experts_TK, weights_TK))
+    own = drawn[rank]
     table = PlaceTable(places, routed, ranks, torch.device("cpu"))
     exchange = AllToAllDispatch(table, routed, dist.group.WORLD)
     local = Experts(*(Dense(weight[held]) for weight in weights))
@@ -150,3 +151,17 @@ def _one_routing(draw, generator, rank, ranks):
         expected = Experts(*map(Dense, weights)).forward(*own)
         assert outputs.shape == expected.shape
         assert torch.allclose(outputs, expected, atol=1e-5), (rank, counts)
+    if len(places) == routed:  # which copy of an expert computes a token depends on the batch
+        factors_A = torch.randn(routed + shared, generator=generator)[held]
+        outputs = exchange.gather(
+            _scaled(factors_A, *exchange.scatter(*max(drawn, key=lambda each: len(each[0]))))
+        )
+        of_first = outputs.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(outputs, of_first), f"tokens of rank {rank} have other bits than those of rank 0"
+
+
+def _scaled(factors_A, x_RD, experts_RK, weights_RK):
+    """Experts that multiply by a number each, so that a row has the same bits wherever it stands."""
+    shares_RK = factors_A[experts_RK.clamp(min=0)] * weights_RK.masked_fill(experts_RK < 0, 0)
+    return (shares_RK.unsqueeze(2) * x_RD.unsqueeze(1)).sum(dim=1)

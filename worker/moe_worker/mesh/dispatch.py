@@ -2,7 +2,8 @@
 
 A token goes once to each rank that holds one of its experts, with the numbers of that rank's places and -1
 for all others; a rank that gets none takes part with nothing. Shared experts stand at every rank, and each
-computes them for its own tokens.
+computes them for its own tokens: on CPUs as rows apart, which are added last. A token is then summed in the
+same order whichever rank it belongs to, and has the same bits.
 
 Legend: T own tokens, K experts of a token, E ranks, S tokens sent, one for each token and rank, R tokens
 received, D hidden, A routed experts, C copies of an expert at most.
@@ -66,7 +67,7 @@ class AllToAllDispatch:
         self._ranks, self._own = (group.size(), group.rank()) if group is not None else (1, 0)
         self._sent_S = torch.empty(0, dtype=torch.int64)
         self._splits: tuple[list[int], list[int]] = [], []
-        self._tokens = 0
+        self._tokens, self._apart = 0, 0
         self.sent_bytes, self.seconds = 0, 0.0
 
     def place(self, table: PlaceTable) -> None:
@@ -85,6 +86,10 @@ class AllToAllDispatch:
                 f"experts are placed at {self.table.ranks} ranks, but {self._ranks} are connected"
             )
         owners_TK, local_TK = self._locate(experts_TK)
+        shared_TK = experts_TK >= self._experts
+        apart = x_TD.device.type == "cpu" and bool(shared_TK.any())
+        if apart:
+            owners_TK = torch.where(shared_TK, -1, owners_TK)
         ranks_E = torch.arange(self._ranks, device=x_TD.device)
         needed_ET = (owners_TK.unsqueeze(0) == ranks_E[:, None, None]).any(dim=2)
         rank_S, token_S = needed_ET.nonzero(as_tuple=True)
@@ -100,13 +105,20 @@ class AllToAllDispatch:
         width, per_token = x_TD.shape[1] * x_TD.element_size(), experts_TK.shape[1]
         x_RD = payload_R[:, :width].contiguous().view(x_TD.dtype)
         meta_R = payload_R[:, width:].contiguous().view(torch.float32)
-        return Received(x_RD, meta_R[:, :per_token].long(), meta_R[:, per_token:])
+        received = Received(x_RD, meta_R[:, :per_token].long(), meta_R[:, per_token:])
+        self._apart = self._tokens if apart else 0
+        if not apart:
+            return received
+        own = (x_TD, torch.where(shared_TK, local_TK, -1), torch.where(shared_TK, weights_TK, 0))
+        return Received(*map(torch.cat, zip(received, own, strict=True)))
 
     def gather(self, out_RD: Tensor) -> Tensor:
         """Sends outputs back, and sums those of each own token, in the order of the ranks."""
         sent, received = self._splits
-        out_SD = self._exchange(out_RD.contiguous(), received, sent)
-        return out_SD.new_zeros(self._tokens, out_SD.shape[1]).index_add_(0, self._sent_S, out_SD)
+        routed = out_RD.shape[0] - self._apart
+        out_SD = self._exchange(out_RD[:routed].contiguous(), received, sent)
+        out_TD = out_SD.new_zeros(self._tokens, out_SD.shape[1]).index_add_(0, self._sent_S, out_SD)
+        return out_TD.add_(out_RD[routed:]) if self._apart else out_TD
 
     def _locate(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The rank of each expert and its number there; -1 of none. Shared experts are at hand."""

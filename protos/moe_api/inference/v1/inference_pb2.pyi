@@ -358,7 +358,8 @@ class SamplingParameters(_message.Message):
     """Makes sampling repeatable: the noise of each draw depends only on the seed, the position of the token and the
     token id, not on the batch, the scheduling or the replica. The same request then gives the same tokens as far as
     the logits are equal:
-      - format w4a8 on CPUs: always; the logits do not depend on the rest of the batch, bit for bit.
+      - format w4a8 on CPUs: always; the logits do not depend on the rest of the batch, bit for bit. In replicas of
+        several workers they change in the last bits where experts have copies or move: one or two tokens in 1,000.
       - float32: logits differ by about 5e-6 between batches, which changes about one token in 100,000.
       - bfloat16 and all formats on GPUs: logits differ by about 1e-2 between batches, which changes about two
         tokens in 100: most texts diverge within a hundred tokens. Prompts in w4a8 that a Hopper GPU computes in steps
