@@ -31,7 +31,7 @@ from moe_frontend.transport import failures
 from moe_frontend.transport.admission import Admission
 from moe_frontend.transport.failures import Failure
 from moe_frontend.transport.forwarding import Forwarder
-from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.holding import NO_DEPLOYMENT, Hold
 from moe_frontend.transport.loads import LoadPolling
 from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.service import Frontend
@@ -148,7 +148,7 @@ def _forwarder(
     options: Options, replicas: Replicas, outputs: OutputCache[Failure] | None
 ) -> tuple[Forwarder, Hold]:
     limit_s = options.hold or options.patience
-    hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
+    hold = Hold(limit_s, options.deployment or NO_DEPLOYMENT, from_zero=options.hold > 0)
     hold.measure(metrics.get_meter(_SCOPE))
     admission = Admission(options.tenants)
     admission.measure(metrics.get_meter(_SCOPE))

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moe_api import rich_status
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.inference.v1 import inference_pb2
-from moe_frontend.transport import holding
+from moe_frontend.transport import failures, holding
 from tests.frontend.fake_worker import FakeWorker
 
 
@@ -60,6 +60,11 @@ async def test_without_a_request_the_answer_comes_after_the_wait(bench):
     started = time.monotonic()
     assert await demand(running, wait_s=0.3) == 0
     assert time.monotonic() - started >= 0.3
+
+
+def test_a_frontend_with_workers_by_address_sends_nobody_to_a_command_for_deployments():
+    message = failures.nobody(holding.NO_DEPLOYMENT).status.message
+    assert message == "this frontend has no ready replica; see why in the logs of its workers"
 
 
 async def test_after_the_limit_the_client_is_told_what_happened_and_when_to_come_back(bench):

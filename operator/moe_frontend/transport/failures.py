@@ -14,6 +14,7 @@ from moe_api.rich_status import FieldViolation
 from moe_api.supervision import is_being_cancelled
 from moe_frontend.policy import routing
 from moe_frontend.transport import metadata
+from moe_frontend.transport.holding import see_why
 from moe_frontend.transport.metadata import Pairs
 
 # The text of gRPC's own RESOURCE_EXHAUSTED for a message that a server does not accept.
@@ -115,7 +116,7 @@ def stopped() -> Failure:
 
 def nobody(deployment: str) -> Failure:
     """No replica is ready."""
-    sentence = f"{deployment} has no ready replica; see why with `moe status {deployment}`"
+    sentence = f"{deployment} has no ready replica; {see_why(deployment)}"
     return Failure(Kind.UNREACHED, _unavailable(sentence))
 
 

@@ -12,6 +12,8 @@ from opentelemetry import metrics
 
 from moe_api import rich_status
 
+NO_DEPLOYMENT: Final = "this frontend"
+"""In place of a deployment's name, where a frontend has workers by address."""
 HELD_MOST: Final = 1000
 """Maximum number of held requests of one frontend."""
 HELD_BYTES_MOST: Final = 256 * 2**20
@@ -109,6 +111,13 @@ class Hold:
     def _in_vain(self) -> status_pb2.Status:
         sentence = (
             f"{self.deployment} has no ready replica: none became ready within {self.limit_s:g} s; "
-            f"see why with `moe status {self.deployment}`"
+            f"{see_why(self.deployment)}"
         )
         return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, RETRY_AFTER_S)
+
+
+def see_why(deployment: str) -> str:
+    """The remedy where no replica is ready."""
+    if deployment == NO_DEPLOYMENT:
+        return "see why in the logs of its workers"
+    return f"see why with `moe status {deployment}`"
