@@ -84,10 +84,32 @@ def mesh_name(text: str) -> str:
         raise ArgumentTypeError(str(error)) from None
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; an error that is meant for the user ends it without a traceback."""
+def file_with_numbers(text: str) -> tuple[Path, list[int]]:
+    """An argument like FILE:50,200."""
+    path, _, numbers = text.rpartition(":")
+    if not path:
+        raise ArgumentTypeError(f"{text!r} is no file with numbers behind it, as in FILE:50,200")
+    return Path(path), [positive(number) for number in numbers.split(",")]
+
+
+def file_with_number(text: str) -> tuple[Path, int]:
+    """An argument like FILE:5."""
+    path, _, number = text.rpartition(":")
+    if not path:
+        raise ArgumentTypeError(f"{text!r} is no file with a number behind it, as in FILE:5")
+    return Path(path), positive(number)
+
+
+def run(main: Callable[[], None], wrong: type[Exception] = WorkerError) -> None:
+    """Runs a command; an error that is meant for the user ends it without a traceback.
+
+    wrong: such an error of another package than moe_worker, about an argument.
+    """
     try:
         main()
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except wrong as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.commands import positive
+from benchmarks.commands import positive, run
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.recording import Key, KeyTrace, Request, read
+from moe_tools.recorded import TraceError
 
 AGES = 36
 """Half octaves of lookups."""
@@ -284,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

@@ -10,10 +10,11 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.commands import positive
+from benchmarks.commands import positive, run
 from moe_api.caching import POLICIES
 from moe_api.caching.policy import kind_of
 from moe_tools.cache_replay.recording import Key, KeyTrace, read
+from moe_tools.recorded import TraceError
 
 ROUNDS = 3
 
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

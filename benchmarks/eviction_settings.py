@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import itertools
 import statistics
-from pathlib import Path
 from unittest import mock
 
+from benchmarks.commands import file_with_numbers, run
 from moe_api.caching import adaptive
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.recording import KeyTrace, read
+from moe_tools.recorded import TraceError
 
 WINDOWS = ((0.5, 1.0, 2.0), (1.0,), (0.25, 0.5, 1.0, 2.0, 4.0))
 MEMORIES = (20_000, 60_000, 200_000)
@@ -44,9 +45,8 @@ def closed(recording: KeyTrace, capacities: list[int], settings: Settings) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trace", nargs="+", metavar="TRACE:CAPACITY,...")
-    given = [text.rpartition(":") for text in parser.parse_args().trace]
-    traces = {path: (read(Path(path)), [int(part) for part in sizes.split(",")]) for path, _, sizes in given}
+    parser.add_argument("trace", nargs="+", type=file_with_numbers, metavar="TRACE:CAPACITY,...")
+    traces = {path: (read(path), sizes) for path, sizes in parser.parse_args().trace}
     if len(traces) < 2:
         parser.error("one trace is left out, so give at least two")
     grid = [PRESENT, *itertools.product(WINDOWS, MEMORIES, HISTORIES)]
@@ -60,10 +60,10 @@ def main() -> None:
             return statistics.fmean(statistics.fmean(results[settings][other]) for other in others)
 
         chosen = max(grid, key=worth)
-        print(f"{Path(path).name}: windows, memory and history chosen on the others: {chosen}")
+        print(f"{path.name}: windows, memory and history chosen on the others: {chosen}")
         for name, settings in (("chosen", chosen), ("present", PRESENT)):
             print(f"  {name:8}", ", ".join(f"{share:.1f} %" for share in results[settings][path]), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

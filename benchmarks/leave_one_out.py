@@ -9,9 +9,10 @@ of them. About two minutes for a month of minutes on one core.
 
 import argparse
 import json
-from pathlib import Path
 
+from benchmarks.commands import file_with_number, run
 from moe_operator.autoscaling.model.forecast.combination import MEMORIES
+from moe_tools.recorded import TraceError
 from moe_tools.replay import scoring, trace
 
 CHOICES = (*((memory,) for memory in (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98)), MEMORIES)
@@ -22,14 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("traces", nargs="+", metavar="TRACE:STEPS")
+    parser.add_argument("traces", nargs="+", type=file_with_number, metavar="TRACE:STEPS")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = {}
-    for text in args.traces:
-        path, _, steps = text.rpartition(":")
-        recorded = trace.read(Path(path))
-        test = scoring.backtest(recorded, int(steps))
+    for path, steps in args.traces:
+        recorded = trace.read(path)
+        test = scoring.backtest(recorded, steps)
         ours, candidates = scoring.scores(recorded, test)
         by_memory = {memories: scoring.recombined(recorded, test, memories) for memories in CHOICES}
         found[recorded.name] = (ours, candidates, by_memory)
@@ -69,4 +69,4 @@ def report(what: str, ours: float, peer: float, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

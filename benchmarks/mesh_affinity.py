@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.commands import run
 from benchmarks.docs_sources import source_of
 from moe_worker import Engine
 from moe_worker.mesh.affinity import gathered
@@ -125,4 +126,4 @@ def _row(what: str, unit: str, found: dict[str, list[float]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

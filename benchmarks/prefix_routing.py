@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.commands import above_zero, positive
+from benchmarks.commands import above_zero, positive, run
 from moe_api.prefixes import CHANGE_MOST
 from moe_api.worker.v1 import worker_pb2
 from moe_frontend.policy.balancing import (
@@ -37,6 +37,7 @@ from moe_frontend.policy.balancing import (
 from moe_frontend.policy.routing import Load
 from moe_frontend.policy.watched import Held
 from moe_tools.cache_replay.recording import Request, read
+from moe_tools.recorded import TraceError
 
 TOKEN_S = 0.03
 LOST_S = 60.0
@@ -260,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.commands import positive
+from benchmarks.commands import positive, run
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.recording import KeyTrace, read
+from moe_tools.recorded import TraceError
 from moe_worker.kvcache.pages import PagePool
 from moe_worker.kvcache.prefix import PrefixTree
 
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, TraceError)

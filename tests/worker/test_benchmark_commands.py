@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,10 @@ def test_those_for_gpus_say_that_there_is_none(command, monkeypatch, name):
         ("scheduler_step", ["--steps", "99"], "'99' is no whole number of at least 100"),
         ("masks", ["--vocabulary", "256"], "'256' is no whole number of at least 257"),
         ("eviction_cost", ["trace", "-1"], "'-1' is no whole number of at least 1"),
+        ("eviction_settings", ["a:50", "b:5,0"], "'0' is no whole number of at least 1"),
+        ("eviction_settings", ["trace"], "'trace' is no file with numbers behind it, as in FILE:50,200"),
+        ("leave_one_out", ["trace:x"], "'x' is no whole number of at least 1"),
+        ("leave_one_out", ["5"], "'5' is no file with a number behind it, as in FILE:5"),
         ("prefix_routing", ["trace", "--busy", "0"], "'0' is no finite number above 0"),
         ("routing_decode", ["--mass", "1.5"], "'1.5' is no number above 0 and at most 1"),
     ],
@@ -130,6 +135,18 @@ def test_every_number_of_a_command_has_a_range():
     assert files
     unbounded = re.compile(r".*\btype=(?:int|float)\b.*")
     assert [line.strip() for file in files for line in unbounded.findall(file.read_text())] == []
+
+
+@pytest.mark.parametrize("name", ["eviction_settings", "leave_one_out", "prefix_tree"])
+def test_a_trace_that_cannot_be_read_is_named_without_a_traceback(monkeypatch, capsys, tmp_path, name):
+    trace = tmp_path / "trace"
+    arguments = [str(trace), "5"] if name == "prefix_tree" else [f"{trace}:5"]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {trace}: No such file")
 
 
 def test_an_error_for_the_user_has_no_traceback(capsys):
