@@ -107,6 +107,17 @@ def test_a_field_that_came_with_the_upgrade_is_no_edit():
     assert before.keys() < world.revisions().keys()
 
 
+@pytest.mark.parametrize("devices", [{}, {"limits": {"nvidia.com/gpu": 1}}], ids=["cpu", "gpu"])
+def test_defaults_that_an_earlier_crd_wrote_hold_until_somebody_removes_them(devices):
+    """The CRD of 0.1.0 wrote them into every object; without them GPUs have others."""
+    world = settled(engine={"maxBatchSize": 16, "kvMemory": "512Mi"}, worker={"resources": devices})
+    assert world.step().apply == ()
+    world.change(engine={})
+    rolled = [one["spec"]["template"] for one in world.step().apply if one["kind"] == "StatefulSet"]
+    assert bool(rolled) == bool(devices)
+    assert all("256" in template["spec"]["containers"][0]["command"] for template in rolled)
+
+
 @settings(deadline=None)
 @given(
     st.sampled_from(["", "{}", "null", "[1]", '{"spec": {}, "template": {"spec": {}, "metadata": {}}}'])
