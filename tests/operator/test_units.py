@@ -23,7 +23,7 @@ from moe_operator.planner.drift import first_difference
 from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse
-from moe_operator.resources.engine_spec import EngineRouting
+from moe_operator.resources.engine_spec import Engine, EngineRouting
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import Scaling
 from moe_operator.settings import Settings, from_environment
@@ -188,6 +188,26 @@ def test_the_spec_and_the_engine_have_the_same_bounds_of_mass():
     least, most = map(quantity.parse, re.findall(r"quantity\('(\w+)'\)", rule["rule"]))
     (flag,) = (option.type for option in serve.params if "--routing-mass" in option.opts)
     assert (float(least), float(most)) == BOUNDS["routing_mass"] == (flag.min, flag.max)
+
+
+@pytest.mark.parametrize(
+    ("field", "flag", "otherwise"),
+    [
+        ("context_length", "--context-length", None),
+        ("max_batch_size", "--max-batch-size", "otherwise 16"),
+        ("prefill_tokens", "--prefill-tokens", "Default: 2048"),
+        ("target_step_milliseconds", "--target-step-ms", "Default: 50"),
+    ],
+)
+def test_the_crd_allows_what_a_worker_takes_and_tells_its_default(field, flag, otherwise):
+    described = Engine.model_fields[field]
+    (rule,) = described.json_schema_extra["x-kubernetes-validations"]
+    least, most = map(int, re.findall(r"self [<>]= (\d+)", rule["rule"]))
+    (option,) = (option for option in serve.params if flag in option.opts)
+    assert BOUNDS[option.name][0] <= least <= most <= BOUNDS[option.name][1]
+    if otherwise is not None:
+        assert f"{otherwise}." in described.description
+        assert float(otherwise.rpartition(" ")[2]) == option.default
 
 
 def test_fields_of_a_newer_crd_are_passed_over():
