@@ -23,7 +23,7 @@ from moe_worker.engine.guiding import StepGuides
 from moe_worker.engine.requests import FinishReason, Request
 from moe_worker.errors import RequestError
 from moe_worker.sampling import guides
-from moe_worker.sampling.grammar import grammar_of
+from moe_worker.sampling.grammar import check, grammar_of
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import engine_process
@@ -312,6 +312,22 @@ def test_no_text_ends_before_its_format_begins(engine):
 def test_a_text_is_matched_by_its_expression_whatever_llguidance_writes_around_it(engine, expression, wanted):
     [text, reason, _] = texts(engine, OutputFormat("regex", expression), count=1)[0]
     assert (text, reason) == (wanted, FinishReason.STOP)
+
+
+BOUNDED = {"type": "integer", "maximum": 2**63 - 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "maximum": 10**29 + 1},
+        {"const": 10**21},
+        {"enum": [2**53, -(2**53)]},
+        {"type": "object", "properties": {"const": BOUNDED, "enum": BOUNDED}},
+    ],
+)
+def test_large_integers_are_taken_where_no_text_would_have_another_one(schema):
+    assert check(OutputFormat("json_schema", json.dumps(schema))).problem == ""
 
 
 def test_the_library_refuses_a_format_that_it_cannot_compile(engine):
