@@ -214,7 +214,7 @@ class Guides:
         self._compute(live, bits_MB)
         for place, (_, guide) in enumerate(guided):
             if guide.failed:
-                log.warning("a text with an output format fails: %s", guide.own.get_error()[:300])
+                log.debug("a text with an output format fails: %s", guide.own.get_error()[:300])
                 guide.matcher.result().compiled.failed = True
                 rows[place] = _NONE
         if device.type == "cuda":
