@@ -347,6 +347,19 @@ def test_a_claim_that_keeps_a_pod_from_a_node_is_named(said, begin):
     ("said", "begin"),
     [
         (
+            'admission webhook "gate.example.org" denied the request: you must specify a team',
+            "an admission webhook denies the pod; change its policy, and ",
+        ),
+        (
+            "pods \"d-0-0\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: it "
+            "is over the limit of 4 GPUs",
+            "an admission policy denies the pod; change the policy, and ",
+        ),
+        (
+            'Internal error occurred: failed calling webhook "gate.example.org": context deadline exceeded',
+            "an admission webhook does not respond; repair it, or set its failurePolicy to Ignore, and ",
+        ),
+        (
             "failed quota: q: must specify limits.memory for: worker",
             "a quota asks for resources that the pod does not set; set them in the spec, and ",
         ),
@@ -360,11 +373,13 @@ def test_a_claim_that_keeps_a_pod_from_a_node_is_named(said, begin):
                 "cpu max limit to request ratio per Pod is 2, but no limit is specified or limit is 0",
                 'Pod "d-0-0" is invalid: spec.containers[0].resources.requests: Invalid value: "200Mi": '
                 "must be less than or equal to memory limit of 150Mi",
+                'Pod "d-0-0" is invalid: spec.containers[0].resources.requests: Invalid value: "2": '
+                "must be less than or equal to cpu limit of 1",
             )
         ),
     ],
 )
-def test_resources_that_the_namespace_refuses_say_where_they_are_set(said, begin):
+def test_what_refuses_a_pod_is_named_with_the_remedy(said, begin):
     assert of_workload(said).message.startswith(begin)
 
 

@@ -43,6 +43,12 @@ _REMEDIES: Final = {
 """Remedies by reason, for messages that contain none."""
 
 _REFUSALS: Final = (
+    ("denied the request", "an admission webhook denies the pod; change its policy"),
+    ("denied request", "an admission policy denies the pod; change the policy"),
+    (
+        "failed calling webhook",
+        "an admission webhook does not respond; repair it, or set its failurePolicy to Ignore",
+    ),
     ("exceeded quota", "a quota has no room for the pod; raise the quota"),
     ("must specify", "a quota asks for resources that the pod does not set; set them in the spec"),
     *(
@@ -51,13 +57,12 @@ _REFUSALS: Final = (
             "usage per Container is",
             "usage per Pod is",
             "limit to request ratio",
-            "memory limit of",
+            " limit of ",
         )
     ),
     ("violates PodSecurity", "the namespace's Pod Security level forbids the pod; relax it"),
-    ("denied the request", "an admission webhook denies the pod; change its policy"),
 )
-"""Cause and remedy by a part of the API server's message."""
+"""Cause and remedy by a part of the API server's message. The texts of policies may contain anything."""
 _REFUSED_SOMEHOW = "the API server refuses the pod; correct what it names"
 
 _FAILED: Final = {names.ROLE_WORKER: "WorkerFailed", names.ROLE_FRONTEND: "FrontendFailed"}
