@@ -55,7 +55,9 @@ def test_tokens_are_taken_at_the_beginning_and_given_back_at_the_end():
 def test_requests_in_progress_are_limited():
     tenant = use(concurrency=2)
     assert [tenant.enter(0.0), tenant.enter(0.0)] == [None, None]
-    assert tenant.enter(0.0).limit == "concurrency"
+    refusal = tenant.enter(0.0)
+    assert refusal.limit == "concurrency"
+    assert refusal.sentence.endswith("or ask for fewer texts at once")  # `n` above the limit never fits
     tenant.leave()
     assert tenant.enter(0.0) is None
 

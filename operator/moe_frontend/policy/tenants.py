@@ -162,7 +162,8 @@ class Use:
     def _refusal(self, now: float) -> Refusal | None:
         most, who = self.allowed, f"tenant {self.tenant!r}"
         if most.concurrency is not None and self.in_flight >= most.concurrency:
-            sentence = f"{who} has {self.in_flight} requests in progress, its limit; wait for one to end"
+            problem = f"{who} has {self.in_flight} requests in progress, its limit, and each text counts"
+            sentence = f"{problem}; wait for one to end, or ask for fewer texts at once"
             return Refusal("concurrency", sentence, _CONCURRENCY_RETRY_S)
         if self.requests is not None and (wait_s := self.requests.wait_s(now)) > 0:
             limit = f"{most.requests_per_minute} requests per minute"
