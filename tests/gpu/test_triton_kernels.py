@@ -681,7 +681,7 @@ def test_the_norm_rounds_rows_to_e4m3():
     assert rounded_side(x)[6].isnan().all()
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(144, 256), (160, 320), (160, 256)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(140, 256), (160, 320), (160, 256)])
 def test_weights_in_e4m3_are_exact_where_their_scale_is_the_largest(outputs, inputs):
     weight, plain = packed_and_plain(randn(3, outputs, inputs), "w4a8")
     rows = e4m3.widen_rows(weight)
