@@ -129,6 +129,7 @@ def test_batch_and_cache_fill_a_gpu_that_a_worker_has_to_itself(settings, batch,
     assert words[words.index("--max-batch-size") + 1] == batch
     assert scaling_spec(of.spec, Scaling(max_replicas=2)).capacity_prior == pytest.approx(6 * int(batch))
     assert (words[words.index("--kv-memory") + 1] if "--kv-memory" in words else None) == memory
+    assert memory is not None or words[words.index("--device") + 1] == "cuda"
 
 
 @pytest.mark.parametrize(

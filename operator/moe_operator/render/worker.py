@@ -67,7 +67,9 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--prefill-tokens", str(engine.prefill_tokens)] if engine.prefill_tokens is not None else []
     if engine.target_step_milliseconds is not None:
         words += ["--target-step-ms", str(engine.target_step_milliseconds)]
-    words += ["--device", engine.device, "--dtype", engine.dtype]
+    # A cache that fills a GPU would fill the memory of the pod where the worker finds no GPU.
+    device = engine.device if spec.kv_memory_bytes is not None else "cuda"
+    words += ["--device", device, "--dtype", engine.dtype]
     # Omitted if they equal the worker's default, so that existing deployments do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []

@@ -157,7 +157,8 @@ class Engine(Model):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",
+        description="Where the model runs; auto takes a GPU when the pod has one, and must find one where a "
+        "worker takes whole GPUs and kvMemory is not set. Default: auto.",
     )
 
     @property
