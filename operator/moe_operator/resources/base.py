@@ -36,6 +36,11 @@ def object_name(clause: str) -> tuple[str, str]:
     return f"self.matches('{_OBJECT_NAME}')", f"{clause}: lower-case letters, digits, - and ."
 
 
+def number_between(clause: str, least: int, most: int) -> tuple[str, str]:
+    """The rule that a number is within bounds, both allowed; clause: the sentence up to these."""
+    return f"self >= {least} && self <= {most}", f"{clause} from {least} to {most}"
+
+
 def rules(*pairs: tuple[str, str], at_creation: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """Schema extras with CEL rules, each a pair (expression, sentence that says what is correct).
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from moe_operator.resources import quantity
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import Model, number_between, rules
 from moe_operator.resources.pods import Quantity, quantity_between
 
 
@@ -53,17 +53,13 @@ class Engine(Model):
         default=None,
         description="Maximum number of tokens of prompt and continuation together. Default: the "
         "checkpoint's own limit (max_position_embeddings in its config.json).",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 4194304", "contextLength is a number of tokens from 1 to 4194304")
-        ),
+        json_schema_extra=rules(number_between("contextLength is a number of tokens", 1, 4194304)),
     )
     max_batch_size: int | None = Field(
         default=None,
         description="Maximum number of requests that a worker decodes together; more wait in its queue. "
         "Default: 256 where a worker takes whole GPUs (nvidia.com/gpu), otherwise 16.",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
-        ),
+        json_schema_extra=rules(number_between("maxBatchSize is a number of requests", 1, 4096)),
     )
     kv_memory: Quantity | None = Field(
         default=None,
@@ -94,19 +90,14 @@ class Engine(Model):
         default=None,
         description="Maximum number of prompt tokens of one step of the engine; longer prompts take several. "
         "Larger steps compute prompts faster and let running requests wait longer. Default: 2048.",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 1048576", "prefillTokens is a number of tokens from 1 to 1048576")
-        ),
+        json_schema_extra=rules(number_between("prefillTokens is a number of tokens", 1, 1048576)),
     )
     target_step_milliseconds: int | None = Field(
         default=None,
         description="Target time between two tokens of a running request: steps take as many prompt tokens "
         "as meet it, at most prefillTokens. Default: 50.",
         json_schema_extra=rules(
-            (
-                "self >= 1 && self <= 3600000",
-                "targetStepMilliseconds is a number of milliseconds from 1 to 3600000",
-            )
+            number_between("targetStepMilliseconds is a number of milliseconds", 1, 3600000)
         ),
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_operator.resources.base import LIST_TYPE, Model, object_name, rules
+from moe_operator.resources.base import LIST_TYPE, Model, number_between, object_name, rules
 from moe_operator.resources.metadata_spec import annotation_field, label_field
 from moe_operator.resources.pods import LabelValue
 
@@ -59,7 +59,7 @@ class ParentRef(Model):
     port: int | None = Field(
         default=None,
         description="Port of the Gateway's listener. Default: any.",
-        json_schema_extra=rules(("self >= 1 && self <= 65535", "port is a number from 1 to 65535")),
+        json_schema_extra=rules(number_between("port is a number", 1, 65535)),
     )
 
 

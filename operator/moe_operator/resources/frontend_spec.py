@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Auth, Tls
-from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, rules
+from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, number_between, rules
 from moe_operator.resources.exposure_spec import HOSTS_APART_RULE, GrpcRoute, HttpRoute, Ingress
 from moe_operator.resources.inference_pool_spec import InferencePool
 from moe_operator.resources.metadata_spec import annotation_field
@@ -91,7 +91,7 @@ class Frontend(PodSettings):
     replicas: int = Field(
         default=1,
         description="Frontend pods. Default: 1.",
-        json_schema_extra=rules(("self >= 1 && self <= 100", "frontend.replicas is a number from 1 to 100")),
+        json_schema_extra=rules(number_between("frontend.replicas is a number", 1, 100)),
     )
     image: str = Field(
         default=names.DEFAULT_OPERATOR_IMAGE,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_operator.resources.base import Model, object_name, rules
+from moe_operator.resources.base import Model, number_between, object_name, rules
 
 
 class EndpointPicker(Model):
@@ -22,7 +22,7 @@ class EndpointPicker(Model):
         default=9002,
         description="Port of that Service on which the endpoint picker serves external processing (gRPC). "
         "Default: 9002.",
-        json_schema_extra=rules(("self >= 1 && self <= 65535", "port is a number from 1 to 65535")),
+        json_schema_extra=rules(number_between("port is a number", 1, 65535)),
     )
     failure_mode: Literal["FailClose", "FailOpen"] = Field(
         default="FailClose",

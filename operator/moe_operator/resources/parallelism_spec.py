@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from moe_operator.resources import duration, quantity
-from moe_operator.resources.base import INT_OR_STRING, Model, rules
+from moe_operator.resources.base import INT_OR_STRING, Model, number_between, rules
 from moe_operator.resources.pods import LABEL_KEY, Quantity, quantity_between
 
 RANKS_MOST: Final = 1024
@@ -157,9 +157,7 @@ class Parallelism(Model):
         default=1,
         description="Number of stages of a replica, each with a part of the layers; at most as many as the "
         "model has layers. Default: 1.",
-        json_schema_extra=rules(
-            (f"self >= 1 && self <= {RANKS_MOST}", f"pipeline is a number of stages from 1 to {RANKS_MOST}")
-        ),
+        json_schema_extra=rules(number_between("pipeline is a number of stages", 1, RANKS_MOST)),
     )
     expert: ExpertRanks = Field(
         default=1,
@@ -171,9 +169,7 @@ class Parallelism(Model):
         default=0,
         description="Copies of routed experts in each layer, in addition to the model's own, spread over "
         "the workers of a stage: the busiest experts get them. Default: 0.",
-        json_schema_extra=rules(
-            ("self >= 0 && self <= 65536", "redundantExperts is a number of copies from 0 to 65536")
-        ),
+        json_schema_extra=rules(number_between("redundantExperts is a number of copies", 0, 65536)),
     )
     rebalance: Rebalance | None = Field(
         default=None, description="When experts move between workers. Default: as the engine decides."
@@ -188,16 +184,14 @@ class Parallelism(Model):
         description="How long some workers of a replica may have nodes while others have none. Then all its "
         "pods are deleted, so that they hold no GPUs, and created again after a pause that grows with each "
         "attempt. Default: 300.",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 86400", "schedulingDeadlineSeconds is a number from 1 to 86400")
-        ),
+        json_schema_extra=rules(number_between("schedulingDeadlineSeconds is a number", 1, 86400)),
     )
     restart_budget: int = Field(
         default=10,
         description="Restarts of any one worker of a replica that does not become ready; a replica that was "
         "ready for 10 minutes has a new budget. Then its pods are deleted until an edit or `moe rollout "
         "restart`. Default: 10.",
-        json_schema_extra=rules(("self >= 1 && self <= 1000", "restartBudget is a number from 1 to 1000")),
+        json_schema_extra=rules(number_between("restartBudget is a number", 1, 1000)),
     )
 
     @property

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from moe_operator.resources.base import number_between
 from moe_operator.resources.model_spec import IMAGE
 
 IMAGE_RULE: Final = (
     f"self.matches('^{IMAGE}$')",
     "image is a name with an optional registry, tag and digest, e.g. ghcr.io/moe-operator/worker:dev",
 )
-GRACE_RULE: Final = (
-    "self >= 0 && self <= 3600",
-    "terminationGracePeriodSeconds is a number of seconds from 0 to 3600",
-)
+GRACE_RULE: Final = number_between("terminationGracePeriodSeconds is a number of seconds", 0, 3600)
 
 
 def template_text(role: str) -> str:

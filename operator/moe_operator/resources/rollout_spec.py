@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import Model, number_between, rules
 
 _MOST = 1000
 
@@ -28,24 +28,20 @@ class Rollout(Model):
         description="Additional replicas during a rollout: the operator deletes an old replica when a new"
         " one is Ready. If a new one fits no node but would fit in the place of an old one, "
         "the old one is deleted first, within maxUnavailable. Default: 1.",
-        json_schema_extra=rules((f"self >= 0 && self <= {_MOST}", f"maxSurge is a number from 0 to {_MOST}")),
+        json_schema_extra=rules(number_between("maxSurge is a number", 0, _MOST)),
     )
     max_unavailable: int | None = Field(
         default=None,
         description="Wanted replicas that may be missing during a rollout if there is no room for surge. "
         "0 never deletes a serving replica first. Default: 1, but 0 if one replica is wanted "
         "and maxSurge is not 0.",
-        json_schema_extra=rules(
-            (f"self >= 0 && self <= {_MOST}", f"maxUnavailable is a number from 0 to {_MOST}")
-        ),
+        json_schema_extra=rules(number_between("maxUnavailable is a number", 0, _MOST)),
     )
     partition: int = Field(
         default=0,
         description="Replicas that stay at the old revision: with 4 replicas, 3 leaves one canary. "
         "Default: 0.",
-        json_schema_extra=rules(
-            (f"self >= 0 && self <= {_MOST}", f"partition is a number from 0 to {_MOST}")
-        ),
+        json_schema_extra=rules(number_between("partition is a number", 0, _MOST)),
     )
     paused: bool | None = Field(
         default=None,
@@ -60,9 +56,7 @@ class Rollout(Model):
         description="A rollout stops if no further replica becomes Ready for this long; serving replicas "
         "stay until the spec is edited. Default: 3600, because loading a large checkpoint "
         "takes long.",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 604800", "progressDeadlineSeconds is a number from 1 to 604800")
-        ),
+        json_schema_extra=rules(number_between("progressDeadlineSeconds is a number", 1, 604800)),
     )
 
     @property

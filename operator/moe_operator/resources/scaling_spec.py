@@ -7,7 +7,7 @@ from enum import StrEnum
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources import quantity
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import Model, number_between, rules
 from moe_operator.resources.pods import Quantity, quantity_between
 
 REPLICAS_MOST = 1000
@@ -44,15 +44,11 @@ class Scaling(Model):
         default=1,
         description="Minimum number of replicas. 0 lets a deployment without requests scale to zero; the "
         "frontend then holds the first request until a replica is ready. Default: 1.",
-        json_schema_extra=rules(
-            (f"self >= 0 && self <= {REPLICAS_MOST}", f"minReplicas is a number from 0 to {REPLICAS_MOST}")
-        ),
+        json_schema_extra=rules(number_between("minReplicas is a number", 0, REPLICAS_MOST)),
     )
     max_replicas: int = Field(
         description="Maximum number of replicas. Required.",
-        json_schema_extra=rules(
-            (f"self >= 1 && self <= {REPLICAS_MOST}", f"maxReplicas is a number from 1 to {REPLICAS_MOST}")
-        ),
+        json_schema_extra=rules(number_between("maxReplicas is a number", 1, REPLICAS_MOST)),
     )
     latency_target_milliseconds: int | None = Field(
         default=None,
@@ -60,10 +56,7 @@ class Scaling(Model):
         "replica serves within it is its capacity. Workers count in buckets (250, 500, 750, 1000, 2500, "
         "5000, 7500, 10000 ms): a target between two counts as the upper one. Default: 2500.",
         json_schema_extra=rules(
-            (
-                "self >= 1 && self <= 10000",
-                "latencyTargetMilliseconds is a number of milliseconds from 1 to 10000",
-            )
+            number_between("latencyTargetMilliseconds is a number of milliseconds", 1, 10000)
         ),
     )
     prior_throughput: Quantity | None = Field(
@@ -123,9 +116,7 @@ class Scaling(Model):
         default=600,
         description="Seconds that the frontend holds a request while a deployment that scales to zero has no "
         "replica; afterwards the request ends with UNAVAILABLE. Default: 600.",
-        json_schema_extra=rules(
-            ("self >= 1 && self <= 3600", "holdSeconds is a number of seconds from 1 to 3600")
-        ),
+        json_schema_extra=rules(number_between("holdSeconds is a number of seconds", 1, 3600)),
     )
 
     @property

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import halves, share_set, takes_gpu
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import Model, number_between, rules
 from moe_operator.resources.cache_spec import Cache
 from moe_operator.resources.engine_spec import Engine
 from moe_operator.resources.frontend_spec import Frontend
@@ -84,9 +84,7 @@ class Spec(Model):
         description="Number of replicas that share the requests; 0 stops serving. `kubectl scale` or a "
         "HorizontalPodAutoscaler may set it. With scaling in mode Auto the operator writes "
         "its decision here, and nobody else may. Default: 1.",
-        json_schema_extra=rules(
-            (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
-        ),
+        json_schema_extra=rules(number_between("replicas is a number", 0, REPLICAS_MOST)),
     )
     scaling: Scaling | None = Field(
         default=None,
@@ -123,9 +121,7 @@ class Spec(Model):
     revision_history_limit: int = Field(
         default=10,
         description="Revisions kept for `moe rollout undo`, in addition to those in use. Default: 10.",
-        json_schema_extra=rules(
-            ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
-        ),
+        json_schema_extra=rules(number_between("revisionHistoryLimit is a number", 0, 100)),
     )
 
     @model_validator(mode="after")
