@@ -56,13 +56,12 @@ def subject(deployment: Deployment, observed: Observed) -> Subject | None:
     if wanted is None or wanted.mode is Mode.OFF:
         return None
     pods = tuple(pod for pod in observed.leaders.values() if not pod.terminating)
-    frontends = (pod for pod in observed.frontends if not (pod.terminating or pod.status.ended))
     starts = (measure(pod) for pod in pods if pod.ready)
     return Subject(
         deployment,
         wanted,
         pods,
-        tuple(pod.admin_address for pod in frontends if pod.address),
+        tuple(pod.admin_address for pod in observed.frontends if pod.reachable),
         tuple(start for start in starts if start is not None),
     )
 

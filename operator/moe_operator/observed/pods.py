@@ -71,6 +71,11 @@ class Pod:
         return problems.of_delay(self.status, now) or problems.of_predecessor(self.status, self.before, now)
 
     @property
+    def reachable(self) -> bool:
+        """Whether it may answer: it has an IP address, and neither ended nor is being deleted."""
+        return bool(self.address) and not self.terminating and not self.status.ended
+
+    @property
     def addresses(self) -> frozenset[str]:
         """All its IP addresses: in a dual-stack cluster one of each family."""
         return frozenset((self.address, *self.status.addresses)) - {""}

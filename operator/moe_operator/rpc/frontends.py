@@ -37,7 +37,7 @@ def routed(
             return published[pod.uid]
         return _routes(dialer, pod.admin_address, everything, timeout_seconds)
 
-    reachable = [pod for pod in frontends if pod.address and not pod.terminating and not pod.status.ended]
+    reachable = [pod for pod in frontends if pod.reachable]
     serving = [pod for pod in reachable if pod.ready]
     answers = [found for _, found in ask(routes, serving or reachable)]
     known = [found or frozenset() for found in answers if serving or found is not None]
