@@ -257,10 +257,8 @@ class Reconciler:
         refusals: Sequence[ApplyRefusedError | ApplyForbiddenError],
     ) -> None:
         """Right after the CRD is installed nothing exists: that a deployment waits for its pods is true."""
-        ready, young = (
-            todo.status.condition(READY),
-            all(isinstance(one, OwnerUnknownError) for one in refusals),
-        )
+        ready = todo.status.condition(READY)
+        young = all(isinstance(one, OwnerUnknownError) for one in refusals)
         if young and ready is not None and ready.status != "True":
             self._reporting.write(deployment.identity, deployment.status, todo.status)
 

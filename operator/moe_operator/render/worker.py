@@ -56,20 +56,19 @@ _VERIFICATION: dict[str, list[str]] = {
 
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. Options that the spec does not set are omitted."""
-    spec, engine = deployment.spec, deployment.spec.engine
+    spec, engine, memory = deployment.spec, deployment.spec.engine, deployment.spec.kv_memory_bytes
     words = ["moe-worker", "serve", "--model", spec.model.folder]
     words += ["--served-name", deployment.served_name]
     if engine.context_length is not None:
         words += ["--context-length", str(engine.context_length)]
     words += ["--max-batch-size", str(spec.max_batch_size)]
-    words += ["--kv-memory", str(spec.kv_memory_bytes)] if spec.kv_memory_bytes is not None else []
+    words += ["--kv-memory", str(memory)] if memory is not None else []
     words += ["--kv-offload", str(engine.kv_offload_bytes)] if engine.kv_offload is not None else []
     words += ["--prefill-tokens", str(engine.prefill_tokens)] if engine.prefill_tokens is not None else []
     if engine.target_step_milliseconds is not None:
         words += ["--target-step-ms", str(engine.target_step_milliseconds)]
     # A cache that fills a GPU would fill the memory of the pod where the worker finds no GPU.
-    device = engine.device if spec.kv_memory_bytes is not None else "cuda"
-    words += ["--device", device, "--dtype", engine.dtype]
+    words += ["--device", "cuda" if memory is None else engine.device, "--dtype", engine.dtype]
     # Omitted if they equal the worker's default, so that existing deployments do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
