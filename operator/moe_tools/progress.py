@@ -47,6 +47,11 @@ class Lines:
         self._out.flush()
 
 
+def behind(advance: Advance, before: int, total: int | None = None) -> Callable[[int], None]:
+    """Tells `advance` the steps of a part of the work, if `before` steps were done ahead of it."""
+    return lambda done: advance(before + done, total)
+
+
 @contextmanager
 def bar(what: str, total: int | None = None) -> Iterator[Advance]:
     """A bar that disappears at the end; lines if stderr is not a terminal.

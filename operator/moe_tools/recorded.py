@@ -72,6 +72,11 @@ class Recording:
     """Whether the counts of intervals are rates."""
 
 
+def shown(value: object) -> str:
+    """A value of a trace as messages show it: its beginning, if it is long."""
+    return repr(value)[:_SHOWN]
+
+
 def read_recording(path: Path) -> Recording:
     """Reads a trace of any of the kinds above.
 
@@ -170,8 +175,7 @@ def _time(path: Path, number: int, text: str) -> float:
         moment = datetime.fromisoformat(_microseconds(text.strip()))
     except ValueError as error:
         raise TraceError(
-            f"{path}:{number}: {repr(text)[:_SHOWN]} is not a time; write seconds, or like "
-            "2024-05-12 00:00:10"
+            f"{path}:{number}: {shown(text)} is not a time; write seconds, or like 2024-05-12 00:00:10"
         ) from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
@@ -200,7 +204,5 @@ def _amount(path: Path, number: int, value: object) -> float:
     except (TypeError, ValueError, OverflowError):
         amount = math.nan
     if not 0 <= amount <= _MOST:  # as NaN is not, either
-        raise TraceError(
-            f"{path}:{number}: {repr(value)[:_SHOWN]} is not a number of 0 or more, {_MOST:g} at most"
-        )
+        raise TraceError(f"{path}:{number}: {shown(value)} is not a number of 0 or more, {_MOST:g} at most")
     return amount

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from moe_client.errors import CommandError
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.document import CacheReplay, ReplicaUse, document
 from moe_tools.cache_replay.recording import KeyTrace, read
-from moe_tools.progress import Advance, bar
+from moe_tools.progress import bar, behind
 from moe_tools.recorded import TraceError
 
 _DEFAULT_SHARE: Final = 10
@@ -67,7 +67,7 @@ def _replayed(recording: KeyTrace, capacity: int | None) -> CacheReplay:
     requests, outcomes = len(recording.requests), {}
     with bar("policies", requests * len(simulation.NAMES)) as advance:
         for index, name in enumerate(simulation.NAMES):
-            outcomes[name] = simulation.run(name, recording, holds, _from(advance, index * requests))
+            outcomes[name] = simulation.run(name, recording, holds, behind(advance, index * requests))
     return CacheReplay(recording, holds, outcomes, ceiling, _replicas(recording, outcomes))
 
 
@@ -88,10 +88,6 @@ def _replicas(
         work[name] = replicas.with_prefixes(recording, outcomes[name].by_request)
     with bar("forecasting") as advance:
         return replicas.compare(recording, work, advance)
-
-
-def _from(advance: Advance, before: int) -> Callable[[int], None]:
-    return lambda done: advance(before + done)
 
 
 def _show(made: dict[str, Any]) -> None:

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
-from moe_tools.recorded import TraceError
+from moe_tools.recorded import TraceError, shown
 
 _MOST_BYTES: Final = 2 * 2**30
-_SHOWN: Final = 60
 _KINDS: Final = (
     "a JSONL file with hash_ids (one request a line), a text file with one key a line, or a file of keys of "
     "four bytes, big-endian"
@@ -130,5 +129,5 @@ def _request(path: Path, number: int, line: bytes) -> Request:
 def _number(path: Path, number: int, record: dict[str, Any], name: str) -> float:
     value = record.get(name, 0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-        raise TraceError(f"{path}:{number}: {name} is {repr(value)[:_SHOWN]}; write a number of 0 or more")
+        raise TraceError(f"{path}:{number}: {name} is {shown(value)}; write a number of 0 or more")
     return value

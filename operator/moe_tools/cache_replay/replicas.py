@@ -13,7 +13,7 @@ from typing import Final
 
 from moe_tools.cache_replay.document import ReplicaUse
 from moe_tools.cache_replay.recording import Key, KeyTrace
-from moe_tools.progress import Advance
+from moe_tools.progress import Advance, behind
 from moe_tools.replay import policies, scoring
 from moe_tools.replay.simulator import Service, outcome, simulate
 from moe_tools.replay.trace import WorkTrace, of_requests
@@ -47,13 +47,9 @@ def compare(
     found: dict[str, ReplicaUse] = {}
     done = 0
     for name, trace in traces.items():
-        found[name] = _use(trace, service, total, _from(advance, done, steps))
+        found[name] = _use(trace, service, total, behind(advance, done, steps))
         done += len(trace.rates)
     return found
-
-
-def _from(advance: Advance, before: int, steps: int) -> Callable[[int], None]:
-    return lambda done: advance(before + done, steps)
 
 
 def _use(trace: WorkTrace, service: Service, total: float, progress: Callable[[int], None]) -> ReplicaUse:
