@@ -86,18 +86,21 @@ def mesh_name(text: str) -> str:
 
 def file_with_numbers(text: str) -> tuple[Path, list[int]]:
     """An argument like FILE:50,200."""
-    path, _, numbers = text.rpartition(":")
-    if not path:
-        raise ArgumentTypeError(f"{text!r} is no file with numbers behind it, as in FILE:50,200")
-    return Path(path), [positive(number) for number in numbers.split(",")]
+    path, numbers = _file_and_rest(text, "numbers behind it, as in FILE:50,200")
+    return path, [positive(number) for number in numbers.split(",")]
 
 
 def file_with_number(text: str) -> tuple[Path, int]:
     """An argument like FILE:5."""
-    path, _, number = text.rpartition(":")
+    path, number = _file_and_rest(text, "a number behind it, as in FILE:5")
+    return path, positive(number)
+
+
+def _file_and_rest(text: str, wanted: str) -> tuple[Path, str]:
+    path, _, rest = text.rpartition(":")
     if not path:
-        raise ArgumentTypeError(f"{text!r} is no file with a number behind it, as in FILE:5")
-    return Path(path), positive(number)
+        raise ArgumentTypeError(f"{text!r} is no file with {wanted}")
+    return Path(path), rest
 
 
 def run(main: Callable[[], None], wrong: type[Exception] = WorkerError) -> None:
@@ -107,9 +110,6 @@ def run(main: Callable[[], None], wrong: type[Exception] = WorkerError) -> None:
     """
     try:
         main()
-    except WorkerError as error:
+    except (WorkerError, wrong) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except wrong as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code if isinstance(error, WorkerError) else 2) from None

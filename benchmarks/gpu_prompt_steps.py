@@ -4,7 +4,8 @@
 
 Random weights and distinct prompts, shape of DeepSeek-V2-Lite, 64 sequences at most, steps of up to 2,048
 prompt tokens. A time is the median of single steps, from the batch on the host to the logits on the device;
-"device" is the graph's part of it. What is cached is random, too. Activated experts are those of a layer.
+"device" is the graph's part of it. Cached prefixes hold random values. Activated experts are counted per
+layer.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.commands import need_gpu, positive
-from benchmarks.gpu_decode import FORMATS, PAGE, Bench, timed
+from benchmarks.gpu_decode import FORMATS, Bench, timed
 from moe_worker.models.batch import Batch, Segment
 
 CONTEXT, PROMPT_TOKENS, STREAMS = 4096, 2048, 64
@@ -95,7 +96,7 @@ def segments(bench: Bench, case: Case) -> list[Segment]:
     """Random tokens, on pages of their own."""
     generator, first, found = torch.Generator().manual_seed(0), 0, list[Segment]()
     for tokens, cached in case.sequences:
-        pages = -(-(tokens + cached) // PAGE)
+        pages = bench.loaded.cache.shape.pages_for(tokens + cached)
         drawn = torch.randint(bench.loaded.config.vocab_size, (tokens,), generator=generator)
         found.append(Segment(drawn.tolist(), cached, range(first, first + pages)))
         first += pages
